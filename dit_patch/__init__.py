@@ -1,0 +1,46 @@
+"""dit_patch makes existing diffusion transformers faster from outside: one line, the same bits, and a way back.
+
+    handle = dit_patch.apply(pipeline)
+    print(handle)
+    handle.remove()
+"""
+
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from .errors import (
+    DitPatchError,
+    SiteError,
+    SpecError,
+    StepCacheError,
+    UnsupportedModelError,
+    VersionError,
+)
+
+if TYPE_CHECKING:
+    from .handle import Handle, apply
+
+try:
+    __version__ = metadata.version("dit-patch")
+except metadata.PackageNotFoundError:  # a plain checkout
+    __version__ = "0.0.0"
+
+__all__ = [
+    "DitPatchError",
+    "Handle",
+    "SiteError",
+    "SpecError",
+    "StepCacheError",
+    "UnsupportedModelError",
+    "VersionError",
+    "apply",
+]
+
+
+def __getattr__(name: str):
+    # torch is imported with the first use, so that the command line starts without it.
+    if name in ("apply", "Handle"):
+        from . import handle
+
+        return getattr(handle, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

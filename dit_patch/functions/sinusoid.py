@@ -1,0 +1,74 @@
+"""Sinusoidal timestep embeddings whose frequency table is built once instead of at every forward.
+
+The operations on the timesteps, and the order of those that build the table, are the originals': equal in every bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+
+import torch
+
+
+def timesteps(original, instance, args, kwargs) -> torch.Tensor:
+    """For `diffusers.models.embeddings.Timesteps.forward`: (N,) of any real dtype -> (N, num_channels) float32.
+
+    Hoists `exp(-log(10000) * arange(half) / (half - shift))`, and leaves out a multiplication by a scale of 1 and the
+    second concatenation of the two halves, neither of which changes a bit.
+    """
+    (timesteps,) = inspect.signature(original).bind(*args, **kwargs).args
+    half = instance.num_channels // 2
+    table = _frequencies(half, instance.downscale_freq_shift, timesteps.device, _stream(timesteps.device))
+    angles = timesteps[:, None].float() * table[None, :]
+    if instance.scale != 1:
+        angles = instance.scale * angles
+    halves = [torch.sin(angles), torch.cos(angles)]
+    if instance.flip_sin_to_cos:
+        halves.reverse()
+    embedding = torch.cat(halves, dim=-1)
+    return torch.nn.functional.pad(embedding, (0, 1, 0, 0)) if instance.num_channels % 2 == 1 else embedding
+
+
+def skyreels_timesteps(original, instance, args, kwargs) -> torch.Tensor:
+    """For `SkyReelsV2Timesteps.forward`: (N,) or (N, F) timesteps -> (N, num_channels) or (N, F, num_channels).
+
+    The table is float64 (float32 where the device has no float64), and so is the result.
+    """
+    (timesteps,) = inspect.signature(original).bind(*args, **kwargs).args
+    table = _powers(instance.num_channels, timesteps.device, _stream(timesteps.device))
+    angles = torch.outer(timesteps.reshape(-1), table)
+    halves = [torch.sin(angles), torch.cos(angles)]
+    if instance.flip_sin_to_cos:
+        halves.reverse()
+    embedding = torch.cat(halves, dim=1)
+    return embedding.reshape(*timesteps.shape, instance.num_channels) if timesteps.dim() > 1 else embedding
+
+
+def _stream(device: torch.device) -> int | None:
+    # A table is only sure to be finished on the stream that it was built on.
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _table(build):
+    @functools.lru_cache(maxsize=32)
+    def build_plain(*key) -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(key[-2].type, enabled=False):
+            return build(*key)
+
+    return build_plain
+
+
+@_table
+def _frequencies(half: int, shift: float, device: torch.device, stream: int | None) -> torch.Tensor:
+    exponent = -math.log(10000) * torch.arange(start=0, end=half, dtype=torch.float32, device=device)
+    return torch.exp(exponent / (half - shift))
+
+
+@_table
+def _powers(channels: int, device: torch.device, stream: int | None) -> torch.Tensor:
+    dtype = torch.float32 if device.type in ("mps", "npu", "neuron") else torch.float64
+    omega = torch.arange(channels // 2, device=device, dtype=dtype)
+    omega /= channels / 2.0
+    return 1.0 / 10000**omega

@@ -1,0 +1,372 @@
+"""`apply` and the `Handle` it returns: the transaction that patches a pipeline, its report, and the way back.
+
+Everything is checked before anything is changed, and whatever fails half way is undone. A model finds its handle
+through its own hooks; there is no table of handles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from os import PathLike
+from typing import Any, get_args
+
+import torch
+from packaging.requirements import Requirement
+
+from . import resolve, wrapped
+from .cache import Budget
+from .errors import DitPatchError, SiteError, UnsupportedModelError, VersionError, suggest
+from .memo import CHECKS
+from .patch import Patch
+from .registry import Registry
+from .report import SiteStats, site_stats, text
+from .scope import Frame, Scope, forget_copies, scope_of
+from .source import fingerprint
+from .span import Span
+from .spec import Kind, Site, Spec
+
+KINDS: tuple[str, ...] = get_args(Kind)
+_WEIGHT_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
+"""Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `apply` was asked for; asking again for the same returns the same handle."""
+
+    only: tuple[str, ...] | None
+    max_bytes: int
+    check: str
+    fixes: bool
+    directories: tuple[str, ...]
+
+
+def apply(
+    target: Any,
+    *,
+    only: Iterable[str] | None = None,
+    max_bytes: int = 256 << 20,
+    check: str = "first",
+    fixes: bool = False,
+    strict: bool = True,
+    specs: Iterable[str | PathLike] = (),
+    trust: bool = False,
+) -> Handle:
+    """Patch the transformers of `target` so that what does not change between steps is computed once: same bits out.
+
+    Called again with the same options it returns the same handle, and puts back what another library has displaced.
+
+    Args:
+        target: a diffusers or FastVideo pipeline, or a bare transformer; compiled and distributed wrappers are seen through.
+        only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary"; all by default.
+        max_bytes: what all caches of this handle may hold together, in bytes.
+        check: "first" computes the first hit of each new signature again and compares it bit for bit, "always" every
+            hit, "never" none.
+        fixes: also bind per-call overrides where upstream ignores them (`bind:` in a spec); this may change results.
+        strict: refuse to patch with versions that a spec's `requires` excludes; otherwise only warn.
+        specs: further directories with specs.
+        trust: let specs from `specs` name functions outside dit_patch in `use:`.
+
+    Raises:
+        UnsupportedModelError: no spec for any model in `target`.
+        SiteError: a spec does not fit the model. Nothing stays patched.
+        VersionError: an installed package is outside the spec's `requires`.
+        DitPatchError: already patched with other options, or an option that does not exist.
+    """
+    options = _options(only, max_bytes, check, fixes, specs)
+    found = _with_specs(resolve.models(target), Registry(specs, trust=trust))
+    existing = _existing([model for model, _ in found.values()], options)
+    if existing is not None:
+        existing.repair()
+        return existing
+    for _, spec in found.values():
+        _check_versions(spec, strict)
+    with ExitStack() as undo:
+        handle = Handle(options)
+        undo.callback(handle._take_back)
+        for name, (model, spec) in found.items():
+            forget_copies(model)
+            handle._add(name, model, spec)
+        undo.pop_all()
+    if not any(member.patches for member in handle._members):
+        handle.remove()
+        raise DitPatchError(f"nothing to patch: {', '.join(options.only or ())} is in none of the specs that apply")
+    for name, (model, _) in found.items():
+        if resolve.compiled(model) or (isinstance(target, torch.nn.Module) and target is not model and _traced(target)):
+            warnings.warn(
+                f"dit_patch: {name} ({type(model).__name__}) is compiled as a whole, and compiled code is left alone: "
+                "nothing in it is cached. Compile its blocks instead: model.compile_repeated_blocks().",
+                stacklevel=2,
+            )
+    return handle
+
+
+class Member:
+    """One patched model of a handle: its spec, its live sites and the scope that watches its forward."""
+
+    def __init__(self, handle: Handle, name: str, model: torch.nn.Module, spec: Spec) -> None:
+        self.handle, self.name, self.model, self.spec = handle, name, model, spec
+        self.sites: dict[str, list[Patch | Span]] = {}
+        self.notes: dict[str, str] = {}
+        self.forwards = 0
+        self.scope: Scope | None = None
+        self.watchers: list[wrapped.Wrapped] = []
+        self._warned: set[str] = set()
+
+    @property
+    def patches(self) -> list[Patch | Span]:
+        return [patch for patches in self.sites.values() for patch in patches]
+
+    def finished(self, frame: Frame) -> None:
+        """After a forward: say which sites it did not come by, once each."""
+        self.forwards += 1
+        for at, patches in self.sites.items():
+            if at in self._warned or any(patch in frame.calls for patch in patches):
+                continue
+            displaced = any(patch.displaced for patch in patches)
+            if not displaced and (patches[0].site.optional or self._in_compiled_code(at)):
+                continue
+            self._warned.add(at)
+            why = (
+                "something replaced it after apply()\n    (accelerate's remove_hook_from_module does). "
+                "Call dit_patch.apply(...) again."
+                if displaced
+                else "this forward does not call it, so nothing of it is cached."
+            )
+            self.notes[at] = "displaced by another library; apply() again" if displaced else "not reached"
+            warnings.warn(
+                f"dit_patch: {at} was not reached in {type(self.model).__name__}.forward; {why}", stacklevel=2
+            )
+
+    def _in_compiled_code(self, at: str) -> bool:
+        path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
+        found = ":" not in at and "*" not in path and bool(path) and resolve.compiled_along(self.model, path)
+        if found:
+            self.notes[at] = "inside compiled code, which is left alone"
+        return found
+
+    def repair(self) -> None:
+        for patch in self.patches:
+            patch.install()
+        for at in self._warned & set(self.notes):
+            del self.notes[at]
+        self._warned.clear()
+
+
+class Handle:
+    """One `apply`: print it for the report, `remove()` it to take everything back. Usable in a `with` statement."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._budget = Budget(options.max_bytes)
+        self._members: list[Member] = []
+
+    def remove(self) -> None:
+        """Take every patch back, in whatever order other libraries have come and gone; harmless when repeated."""
+        asleep = self._take_back()
+        if asleep:
+            warnings.warn(
+                f"dit_patch: {len(asleep)} patches ({asleep[0]}, ...) sit inside another library's wrapper. They pass "
+                "calls through, and are gone once that is removed and remove() is called again.",
+                stacklevel=2,
+            )
+
+    def clear(self) -> None:
+        """Forget every cached result; counters stay."""
+        for member in self._members:
+            for patch in member.patches:
+                patch.clear()
+
+    def stats(self) -> list[SiteStats]:
+        """One row per site: hits, misses, bypasses with their reasons, bytes held, host seconds saved."""
+        return [
+            site_stats(member.name, member.model, member.spec.name, site, member.sites.get(site.at, ()), member.notes)
+            for member in self._members
+            for site in member.spec.sites
+            if self._wanted(site)
+        ]
+
+    def repair(self) -> None:
+        """Put back the patches that another library has displaced."""
+        for member in self._members:
+            member.repair()
+
+    @property
+    def models(self) -> dict[str, torch.nn.Module]:
+        """The patched models by their names in the pipeline."""
+        return {member.name: member.model for member in self._members}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all caches hold now."""
+        return self._budget.used
+
+    def __str__(self) -> str:
+        return text(self.stats(), self.options.max_bytes, self.nbytes, fixes=self.options.fixes)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _wanted(self, site: Site) -> bool:
+        return self.options.only is None or site.kind in self.options.only
+
+    def _add(self, name: str, model: torch.nn.Module, spec: Spec) -> None:
+        member = Member(self, name, model, spec)
+        self._members.append(member)
+        for site in spec.sites:
+            if self._wanted(site):
+                patches = self._live(member, site)
+                if patches:
+                    member.sites[site.at] = patches
+        for patch in member.patches:
+            patch.install()
+        for edit in _WEIGHT_EDITS:
+            if callable(getattr(model, edit, None)):
+                member.watchers.append(wrapped.install(model, edit, self._clear_after))
+        member.scope = Scope(model, member.finished)
+
+    def _live(self, member: Member, site: Site) -> list[Patch | Span]:
+        where = f"{member.spec.name}: {site.at} ({site.origin})"
+        common = {"where": where, "budget": self._budget, "check": self.options.check}
+        try:
+            if site.is_span:
+                start, end = (resolve.submodules(member.model, path, where)[0] for path in site.span)
+            else:
+                targets = resolve.targets(member.model, site.at, where)
+        except SiteError:
+            if not site.optional:
+                raise
+            member.notes[site.at] = "not in this model"
+            return []
+        if site.is_span:
+            return [Span(site, member.model, start, end, **common)]
+        reads = [module for path in site.reads for module in resolve.submodules(member.model, path, where)]
+        replacement = _replacement(site, *targets[0], where) if site.use else None
+        if site.use and replacement is None:
+            member.notes[site.at] = f"{site.use} is for another version of the original, and not used"
+            if not site.key:
+                return []
+        return [
+            Patch(
+                site,
+                member.model,
+                owner,
+                name,
+                reads=reads,
+                replacement=replacement,
+                fixes=self.options.fixes,
+                **common,
+            )
+            for owner, name in targets
+        ]
+
+    def _clear_after(self, original, instance, args, kwargs):
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.clear()
+
+    def _take_back(self) -> list[str]:
+        asleep = []
+        for member in reversed(self._members):
+            if member.scope is not None:
+                member.scope.remove()
+            for watcher in reversed(member.watchers):
+                wrapped.remove(watcher)
+            asleep += [patch.where for patch in reversed(member.patches) if not patch.remove()]
+        return asleep
+
+
+def _options(only, max_bytes, check, fixes, specs) -> Options:
+    kinds = None if only is None else (only,) if isinstance(only, str) else tuple(only)
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise DitPatchError(f"only: no kind `{kind}`{suggest(kind, KINDS)}\n    Kinds: {', '.join(KINDS)}.")
+    if kinds == ():
+        raise DitPatchError("only: an empty selection patches nothing; leave it out to patch every kind")
+    if check not in CHECKS:
+        raise DitPatchError(f"check: `{check}` is none of {', '.join(CHECKS)}{suggest(str(check), CHECKS)}")
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
+        raise DitPatchError(f"max_bytes: `{max_bytes}` is not a positive number of bytes")
+    return Options(kinds, max_bytes, check, bool(fixes), tuple(str(each) for each in specs))
+
+
+def _with_specs(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    found = {}
+    for name, model in models.items():
+        spec = registry.find(type(model))
+        if spec is not None:
+            found[name] = model, spec
+    if found:
+        return found
+    what = [f"{type(model).__name__} ({type(model).__module__})" for model in models.values()]
+    raise UnsupportedModelError(
+        f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"
+        f'    Known: {", ".join(registry.names()) or "none"}. Write one: README, "A spec for your model".'
+    )
+
+
+def _existing(models: list[torch.nn.Module], options: Options) -> Handle | None:
+    scopes = [scope_of(model) for model in models]
+    handles = [None if scope is None else scope.finished.__self__.handle for scope in scopes]
+    if not any(handles):
+        return None
+    if any(handle is not handles[0] for handle in handles):
+        raise DitPatchError(
+            "some of these models are patched by another handle already; call its remove() before applying again"
+        )
+    if handles[0].options != options:
+        raise DitPatchError(
+            f"already patched with other options: {handles[0].options}\n"
+            f"    now asked for: {options}\n"
+            "    Call handle.remove() first."
+        )
+    return handles[0]
+
+
+def _check_versions(spec: Spec, strict: bool) -> None:
+    for line in spec.requires:
+        requirement = Requirement(line)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            problem = f"{spec.name} needs {line}, which is not installed: pip install '{line}'"
+        else:
+            if requirement.specifier.contains(version, prereleases=True):
+                continue
+            problem = f"{spec.name} needs {line}; {version} is installed."
+        if strict:
+            raise VersionError(f"{problem} Pass strict=False to try anyway.")
+        warnings.warn(f"dit_patch: {problem}", stacklevel=3)
+
+
+def _replacement(site: Site, owner: Any, name: str, where: str) -> Any:
+    """The function that `use:` names; None, with a warning, where the original is not the one that it replaces."""
+    place, _, function = site.use.partition(":")
+    try:
+        replacement = getattr(import_module(place), function)
+    except (ImportError, AttributeError) as error:
+        raise SiteError(f"{where}: `use: {site.use}` cannot be found: {error}") from error
+    try:
+        actual = fingerprint(getattr(owner, name))
+    except (OSError, TypeError):
+        actual = "unreadable"
+    if actual in site.source:
+        return replacement
+    warnings.warn(
+        f"dit_patch: {where}: the original's source is {actual}, and {site.use} was written for "
+        f"{', '.join(site.source)}; the original is used.",
+        stacklevel=4,
+    )
+    return None
+
+
+def _traced(target: torch.nn.Module) -> bool:
+    return "_orig_mod" in target.__dict__["_modules"]

@@ -1,0 +1,88 @@
+"""What a handle did, as rows and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_NEVER_HIT = {
+    "timestep": "never hit: the timestep is a new tensor at each forward, as it is without CFG",
+    "context": "never hit: the conditioning is a new tensor at each forward",
+}
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """One site of one model.
+
+    `targets` is the number of attributes it stands for, `bypassed` counts calls passed through by reason, `nbytes` is
+    what its results hold now, `seconds_saved` is hits times the mean host time of computing one (on a GPU: of launching).
+    """
+
+    model: str
+    model_class: str
+    spec: str
+    at: str
+    kind: str
+    targets: int
+    hits: int
+    misses: int
+    bypassed: Mapping[str, int] = field(default_factory=dict)
+    evictions: int = 0
+    nbytes: int = 0
+    seconds_saved: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def site_stats(model: str, module: Any, spec: str, site: Any, patches: Sequence, notes: Mapping[str, str]) -> SiteStats:
+    """The row of one site, summed over the attributes that it stands for."""
+    memos = [patch.memo for patch in patches]
+    hits, misses = sum(memo.cache.hits for memo in memos), sum(memo.cache.misses for memo in memos)
+    bypassed = sum((memo.bypassed for memo in memos), Counter())
+    said = [notes[site.at]] if site.at in notes else []
+    said += [f"switched off: {memo.off}" for memo in memos if memo.off][:1]
+    said += [f"bypassed {count}: {reason}" for reason, count in bypassed.most_common()]
+    if site.key and misses > 1 and not hits:
+        said.append(_NEVER_HIT.get(site.kind, "never hit: something in its key differs at each call"))
+    evictions = sum(memo.cache.evictions for memo in memos)
+    if evictions:
+        said.append(f"{evictions} results given up for others; a larger max_bytes would keep them")
+    return SiteStats(
+        model=model,
+        model_class=type(module).__name__,
+        spec=spec,
+        at=site.at,
+        kind=site.kind,
+        targets=len(memos),
+        hits=hits,
+        misses=misses,
+        bypassed=dict(bypassed),
+        evictions=evictions,
+        nbytes=sum(memo.cache.nbytes for memo in memos),
+        seconds_saved=sum(memo.cache.hits * memo.seconds / memo.computed for memo in memos if memo.computed),
+        notes=tuple(said),
+    )
+
+
+def text(rows: Sequence[SiteStats], max_bytes: int, nbytes: int, *, fixes: bool) -> str:
+    """The report: a row per site, its notes below it."""
+    width = max((len(row.at) for row in rows), default=4)
+    lines = [f"dit_patch: lossless, {_mib(nbytes)} cached of {_mib(max_bytes)}" + (", fixes on" if fixes else "")]
+    for model in dict.fromkeys(row.model for row in rows):
+        own = [row for row in rows if row.model == model]
+        lines.append(f"{model}  {own[0].model_class}  spec {own[0].spec}")
+        lines.append(f"  {'kind':<8}  {'site':<{width}}  {'hits':>6}  {'misses':>6}  {'bypassed':>8}  {'held':>10}  saved")
+        for row in own:
+            count = sum(row.bypassed.values())
+            lines.append(
+                f"  {row.kind:<8}  {row.at:<{width}}  {row.hits:>6}  {row.misses:>6}  {count or '-':>8}  "
+                f"{_mib(row.nbytes):>10}  {row.seconds_saved * 1e3:.1f} ms"
+            )
+            lines += [f"  {'':<8}    {note}" for note in row.notes]
+    return "\n".join(lines)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,136 @@
+"""Which owned forward are we inside, and with which arguments.
+
+Torch's own forward hooks bracket a model's forward (accelerate cannot displace them, and they run when it raises);
+a `ContextVar` holds the innermost `Frame`, so that threads and nested models do not see each other's.
+Knows nothing about specs, keys or caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+_current: ContextVar[Frame | None] = ContextVar("dit_patch_frame", default=None)
+_is_compiling = torch.compiler.is_compiling
+
+current: Callable[[], Frame | None] = _current.get
+
+MISSING = object()
+
+
+class Frame:
+    """One forward of an owned model: its arguments, and what was called in it.
+
+    `calls` counts, by whatever object a caller chooses, how often something happened in this forward; `leave` holds
+    what must be undone when the forward ends, however it ends.
+    """
+
+    __slots__ = ("args", "calls", "kwargs", "leave", "model", "parent", "positions")
+
+    def __init__(self, model: torch.nn.Module, positions: dict[str, int], args: tuple, kwargs: dict, parent) -> None:
+        self.model, self.positions, self.args, self.kwargs, self.parent = model, positions, args, kwargs, parent
+        self.calls: dict[Any, int] = {}
+        self.leave: list[Callable[[], None]] = []
+
+    def argument(self, name: str) -> Any:
+        """The forward's argument `name` as the caller gave it; None where it was left to its default."""
+        value = self.kwargs.get(name, MISSING)
+        if value is MISSING:
+            position = self.positions.get(name, len(self.args))
+            value = self.args[position] if position < len(self.args) else None
+        return value
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model runs: the device of its first tensor argument."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                return value.device
+        return None
+
+    def close(self) -> None:
+        while self.leave:
+            self.leave.pop()()
+
+
+class Hook:
+    """A torch hook of ours: silent while compiling, and nothing at all in a copy or a pickle of its module."""
+
+    def __init__(self, method: Callable) -> None:
+        self.method = method
+        self.owner = method.__self__
+
+    def __call__(self, *args):
+        if not _is_compiling():
+            self.method(*args)
+
+    def __deepcopy__(self, memo):
+        return contextlib.nullcontext().__exit__
+
+    def __reduce_ex__(self, protocol):
+        # Does nothing with any arguments, and is found without dit_patch.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class Scope:
+    """The pair of hooks on one model. `finished(frame)` is called after each forward that did not raise."""
+
+    def __init__(self, model: torch.nn.Module, finished: Callable[[Frame], None]) -> None:
+        self.model = model
+        self.finished = finished
+        self.positions = {name: at for at, name in enumerate(parameters(model))}
+        self._hooks = (
+            model.register_forward_pre_hook(Hook(self.enter), with_kwargs=True),
+            model.register_forward_hook(Hook(self.leave), with_kwargs=True, always_call=True),
+        )
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        parent = _current.get()
+        while parent is not None and parent.model is self.model:
+            # Left behind by an interrupt, for which torch runs no hooks: a model is never inside its own forward.
+            parent.close()
+            parent = parent.parent
+        _current.set(Frame(self.model, self.positions, args, kwargs, parent))
+
+    def leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        frame = _current.get()
+        if frame is None or frame.model is not self.model:
+            return
+        _current.set(frame.parent)
+        frame.close()
+        if output is not None:
+            self.finished(frame)
+
+
+def scope_of(model: torch.nn.Module) -> Scope | None:
+    """The scope that watches `model`, read from the model's own hooks."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, Hook) and isinstance(hook.owner, Scope):
+            return hook.owner
+    return None
+
+
+def parameters(model: torch.nn.Module) -> list[str]:
+    """Names of the arguments of the model's forward, seen through decorators, without `self`."""
+    return list(inspect.signature(inspect.unwrap(type(model).forward)).parameters)[1:]
+
+
+
+
+def forget_copies(model: torch.nn.Module) -> None:
+    """Drop what `Hook` has become in a copied or unpickled model."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(model, kind)
+        for number, hook in list(hooks.items()):
+            if type(getattr(hook, "__self__", None)) is contextlib.nullcontext:
+                for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
+                    getattr(model, name, {}).pop(number, None)

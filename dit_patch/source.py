@@ -1,0 +1,46 @@
+"""The fingerprint of a function's source: whether it still is the one that a replacement was written for."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+
+
+def fingerprint(function: Callable) -> str:
+    """Twelve hex digits over the code of `function` and of the functions of its own package that it calls by name.
+
+    Comments, docstrings and layout do not count. A decorated or wrapped function is seen through.
+
+    Raises:
+        OSError: where there is no source to read.
+    """
+    seen: dict[str, str] = {}
+    _collect(inspect.unwrap(function), seen)
+    text = "\n".join(seen[name] for name in sorted(seen))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _collect(function: Callable, seen: dict[str, str]) -> None:
+    function = getattr(function, "__func__", function)
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in seen:
+        return
+    seen[name] = _bare(inspect.getsource(function))
+    package = function.__module__.partition(".")[0]
+    for called in function.__code__.co_names:
+        value = function.__globals__.get(called)
+        if isinstance(value, FunctionType) and value.__module__.partition(".")[0] == package:
+            _collect(inspect.unwrap(value), seen)
+
+
+def _bare(source: str) -> str:
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and len(body) > 1 and ast.get_docstring(node) is not None:
+            del body[0]
+    return ast.unparse(tree)

@@ -1,0 +1,168 @@
+"""A site without a call of its own: the tensor code that a model's forward runs between two of its submodules.
+
+From the end of one submodule to the start of the next, torch functions are watched. A pure one whose tensor inputs are
+all known (arguments of the forward that the spec names, or earlier results of the span) is memoised by its function,
+its other arguments and the identity of those inputs; everything else runs as it is. Every step is looked up by what it
+is called with, so that no key can be too coarse: changed code or other inputs are other keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from . import scope
+from .cache import Budget
+from .errors import SiteError, suggest
+from .keys import Argument, Pins, Uncacheable, ambient
+from .memo import Memo
+from .resolve import compiled_along
+from .scope import Frame
+from .spec import Site
+
+_FACTORIES = frozenset({"arange", "full", "ones", "zeros"})
+_METHODS = frozenset(
+    "add sub mul eq ne ge gt le lt logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ "
+    "__invert__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __eq__ __ne__ __ge__ __gt__ __le__ __lt__ bool cat "
+    "cumsum expand flatten masked_fill pad permute repeat repeat_interleave reshape squeeze stack sum to transpose tril "
+    "triu unsqueeze view where".split()
+)
+
+
+class Span:
+    """A live span of `model`, between the end of its submodule `start` and the beginning of `end`.
+
+    Raises:
+        SiteError: where the spec names an argument that the model's forward does not have.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        model: torch.nn.Module,
+        start: torch.nn.Module,
+        end: torch.nn.Module,
+        *,
+        where: str,
+        budget: Budget,
+        check: str,
+    ) -> None:
+        self.site, self.model, self.start, self.end, self.where = site, model, start, end, where
+        self.memo = Memo(where, budget, check)
+        self.names = [name.removeprefix("model.") for name in site.key]
+        known = scope.parameters(model)
+        for name in self.names:
+            if name not in known:
+                raise SiteError(f"{where}: the model's forward has no parameter `{name}`{suggest(name, known)}")
+        self._hooks: list = []
+
+    def install(self) -> None:
+        if not self._hooks:
+            self._hooks = [
+                self.start.register_forward_hook(scope.Hook(self.begin)),
+                self.end.register_forward_pre_hook(scope.Hook(self.finish), prepend=True),
+            ]
+
+    def remove(self) -> bool:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.clear()
+        return True
+
+    def clear(self) -> None:
+        self.memo.cache.clear()
+
+    displaced = False  # torch's hooks stay where they are
+
+    def begin(self, *_) -> None:
+        frame = scope.current()
+        if frame is None or frame.model is not self.model or self.memo.off is not None:
+            return
+        if frame.calls.setdefault(self, 0):
+            return
+        frame.calls[self] = 1
+        try:
+            if compiled_along(self.model, self.site.span[1]):
+                # A mode that is on when a compiled function is entered would have it compiled again.
+                raise Uncacheable("the submodule after it is compiled")
+            mode = _Watch(self, ambient(), [frame.argument(name) for name in self.names])
+        except Uncacheable as reason:
+            self.memo.bypass(str(reason))
+            return
+        mode.__enter__()
+        frame.leave.append(mode.finish)
+
+    def finish(self, *_) -> None:
+        frame = scope.current()
+        if frame is not None and frame.model is self.model and frame.leave:
+            for leave in [leave for leave in frame.leave if getattr(leave, "__self__", None).__class__ is _Watch]:
+                frame.leave.remove(leave)
+                leave()
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, span: Span, around: Hashable, arguments: list[Any]) -> None:
+        super().__init__()
+        self.span, self.around = span, around
+        self.given = [value for value in arguments if isinstance(value, torch.Tensor)]
+        self.known = {id(tensor): tensor for tensor in self.given}
+
+    def finish(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.__name__
+        if name not in _METHODS and name not in _FACTORIES:
+            return function(*args, **kwargs)
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not inputs and name not in _FACTORIES or any(id(tensor) not in self.known for tensor in inputs):
+            return function(*args, **kwargs)
+        memo = self.span.memo
+        step = _Step(self, function, args, kwargs)
+        try:
+            key = (self.around, name, *step.parts(None))
+        except Uncacheable as reason:
+            memo.bypass(str(reason))
+            return function(*args, **kwargs)
+        result = memo.recall(key, step)
+        if key in memo.cache.entries and isinstance(result, torch.Tensor):
+            self.known[id(result)] = result
+        return result
+
+
+class _Step:
+    """One torch function of the span, as `Memo` asks about it."""
+
+    __slots__ = ("args", "function", "kwargs", "watch")
+
+    def __init__(self, watch: _Watch, function: Any, args: tuple, kwargs: dict) -> None:
+        self.watch, self.function, self.args, self.kwargs = watch, function, args, kwargs
+
+    def parts(self, pins: Pins | None, facets: tuple[str, ...] = ("identity",)) -> list[Hashable]:
+        argument = Argument(self.function.__name__, facets, self.watch.span.where)
+        return [
+            *(argument.part(value, pins) for value in self.args),
+            *((name, argument.part(value, pins)) for name, value in self.kwargs.items()),
+        ]
+
+    def compute(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+    def pins(self) -> Pins:
+        pins = Pins()
+        self.parts(pins)
+        return pins
+
+    def signature(self) -> Hashable:
+        return self.function.__name__, *self.parts(None, ("shape", "dtype", "device"))
+
+    def sources(self) -> list[torch.Tensor]:
+        return self.watch.given
+
+    def stored(self) -> list[torch.Tensor]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]

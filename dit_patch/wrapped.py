@@ -1,0 +1,159 @@
+"""One attribute, wrapped and unwrapped: in any order, invisible to compilers, copies and pickles.
+
+Knows nothing about models, specs or caches. A plain `wrapt.FunctionWrapper` breaks `copy.deepcopy`, `pickle` and
+`torch.compile(fullgraph=True)`, and popping the outermost wrapper removes somebody else's; `Wrapped`, `install` and
+`remove` are what is needed on top of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import wrapt
+
+_lock = threading.RLock()
+_is_compiling = torch.compiler.is_compiling
+
+
+class Wrapped(wrapt.FunctionWrapper):
+    """A callable with `wrapper(wrapped, instance, args, kwargs)` around it (wrapt's four arguments).
+
+    While something is being compiled or exported, or after `remove`, it is the wrapped callable and nothing else.
+    """
+
+    def __init__(self, wrapped: Callable, wrapper: Callable, *, own: bool) -> None:
+        super().__init__(wrapped, wrapper)
+        self._self_own = own  # the owner held the attribute itself, rather than inheriting it from its class
+        self._self_awake = True
+        self._self_home: tuple[Any, str] | None = None
+
+    @property
+    def __class__(self):
+        # wrapt answers with the class of the wrapped function; Dynamo then guards on a function that is not one.
+        return Wrapped
+
+    def __call__(self, *args, **kwargs):
+        if self._self_awake and not _is_compiling():
+            return self._self_wrapper(self.__wrapped__, None, args, kwargs)
+        if not self._self_awake and not _is_compiling():
+            _settle(self)
+        return self.__wrapped__(*args, **kwargs)
+
+    def __copy__(self):
+        return self.__wrapped__
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce_ex__(self, protocol):
+        # Unpickles to the wrapped callable, without dit_patch being importable there.
+        return operator.getitem, ((self.__wrapped__,), 0)
+
+
+def install(owner: Any, name: str, wrapper: Callable) -> Wrapped:
+    """Wrap the attribute `name` of `owner` (a module instance, a Python module, any object) and return the layer.
+
+    Where accelerate or diffusers have hooked a `forward` before, the layer goes below their hooks: there it sees the
+    weights where the hook has put them, and it survives the hook's removal.
+    """
+    with _lock:
+        holder, attribute = _innermost(owner, name)
+        own = holder is not owner or attribute in vars(holder)
+        wrapped = Wrapped(getattr(holder, attribute), wrapper, own=own)
+        wrapped._self_home = (owner, name)
+        setattr(holder, attribute, wrapped)
+        return wrapped
+
+
+def installed(wrapped: Wrapped) -> bool:
+    """Whether a call of the attribute still reaches the layer, as far as can be seen from the outside."""
+    owner, name = wrapped._self_home
+    with _lock:
+        return _find(owner, name, wrapped) is not None or _reaches(vars(owner).get(name), wrapped)
+
+
+def remove(wrapped: Wrapped) -> bool:
+    """Undo `install`. False if another library holds the layer inside a wrapper of its own: it then sleeps there.
+
+    A sleeping layer passes every call through, and takes itself away at the first call that finds it on top again.
+    """
+    with _lock:
+        wrapped._self_awake = False
+        return _settle(wrapped) or not _reaches(vars(wrapped._self_home[0]).get(wrapped._self_home[1]), wrapped)
+
+
+def _settle(wrapped: Wrapped) -> bool:
+    owner, name = wrapped._self_home
+    with _lock:
+        place = _find(owner, name, wrapped)
+        if place is None:
+            return False
+        holder, attribute, above = place
+        if above is not None:
+            above.__wrapped__, above._self_own = wrapped.__wrapped__, wrapped._self_own
+        elif holder is owner and attribute == name and not wrapped._self_own:
+            delattr(owner, name)
+        else:
+            setattr(holder, attribute, wrapped.__wrapped__)
+        return True
+
+
+def _find(owner: Any, name: str, wrapped: Wrapped) -> tuple[Any, str, Wrapped | None] | None:
+    """Where the layer is: the slot (holder, attribute) and the layer of ours directly above it, if there is one."""
+    for holder, attribute in _slots(owner, name):
+        above, here = None, vars(holder).get(attribute)
+        while type(here) is Wrapped:
+            if here is wrapped:
+                return holder, attribute, above
+            above, here = here, here.__wrapped__
+    return None
+
+
+def _innermost(owner: Any, name: str) -> tuple[Any, str]:
+    *_, last = _slots(owner, name)
+    return last
+
+
+def _slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+    """The attributes that hold a callable on its way in, outermost first: `owner.name`, then what hooks have saved."""
+    holder, attribute = owner, name
+    while True:
+        yield holder, attribute
+        value = vars(holder).get(attribute)
+        while type(value) is Wrapped:
+            value = value.__wrapped__
+        below = _saved_by_hook(owner, value)
+        if below is None or below == (holder, attribute):
+            return
+        holder, attribute = below
+
+
+def _saved_by_hook(module: Any, value: Any) -> tuple[Any, str] | None:
+    """Where accelerate's or diffusers' hook, if `value` is one, keeps the forward that it replaced."""
+    function = value.func if isinstance(value, functools.partial) else None
+    qualname = getattr(function, "__qualname__", "")
+    if qualname.startswith("add_hook_to_module.") and "_old_forward" in vars(module):
+        return module, "_old_forward"
+    if qualname.startswith("HookRegistry.register_hook."):
+        for cell, variable in zip(function.__closure__ or (), function.__code__.co_freevars):
+            if variable == "function_reference":
+                reference = cell.cell_contents
+                return reference, "forward" if reference.original_forward is None else "original_forward"
+    return None
+
+
+def _reaches(value: Any, wrapped: Wrapped) -> bool:
+    """Whether `wrapped` is somewhere below `value`, going by the `__wrapped__` convention."""
+    for _ in range(64):
+        if value is wrapped:
+            return True
+        value = getattr(value, "__wrapped__", None)
+        if value is None:
+            return False
+    return False

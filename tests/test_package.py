@@ -1,0 +1,46 @@
+"""What is promised around the code: the version, the types, a command line that starts at once, the README's commands."""
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import dit_patch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_version_is_the_one_that_is_installed():
+    assert dit_patch.__version__ == metadata.version("dit-patch")
+
+
+def test_type_checkers_see_the_annotations():
+    assert Path(dit_patch.__file__).with_name("py.typed").is_file()
+
+
+def test_every_public_name_is_there():
+    assert [name for name in dit_patch.__all__ if not hasattr(dit_patch, name)] == []
+
+
+def test_the_command_line_starts_without_torch():
+    program = """
+import sys
+from dit_patch.cli import main
+
+sys.argv = ["dit-patch", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: dit-patch" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_the_readme_marks_the_command(name):
+    assert f"<!-- command: {name} -->\n```sh\n" in (ROOT / "README.md").read_text(encoding="utf-8")
