@@ -89,6 +89,11 @@ class Cache:
             if entry in budget.order:
                 budget.order.move_to_end(entry)
 
+    def miss(self) -> None:
+        """Count a miss."""
+        with self.budget.lock:
+            self.misses += 1
+
     def put(self, key: Hashable, entry: Entry) -> None:
         with self.budget.lock:
             for dead in [old for old in self.entries.values() if not all(alive() for alive in old.alive)]:

@@ -55,8 +55,7 @@ class Memo:
         self._always = check == "always"
         self.off: str | None = None
         self.bypassed: Counter[str] = Counter()
-        self.computed = 0
-        self.seconds = 0.0
+        self.seconds = float("inf")  # the fastest computation of a result so far
         self._checked: set[Hashable] = set()
 
     def ready(self, key: Hashable) -> Entry | None:
@@ -75,12 +74,11 @@ class Memo:
         """The result under `key`: stored, or computed (and then stored, so that the next call gets the same object)."""
         entry = self.cache.entries.get(key)
         if entry is None:
-            self.cache.misses += 1
             return self._store(key, call)
         if entry.written():
             return self._give_up("somebody wrote into a cached result; the site is switched off", call.compute())
         if not entry.checked or self._always:
-            fresh = _plainly(call)
+            fresh = self._compute(call)
             if not same(entry.value, fresh):
                 return self._give_up("a cached result differs from a fresh one: its key is too coarse. Switched off", fresh)
             entry.checked = True
@@ -108,16 +106,21 @@ class Memo:
         self.switch_off(reason)
         return value
 
+    def _compute(self, call: Call) -> Any:
+        start = time.perf_counter()
+        # A normal tensor without history can be used under inference_mode and in training alike; the reverse fails.
+        with torch.inference_mode(False), torch.no_grad():
+            value = call.compute()
+        self.seconds = min(self.seconds, time.perf_counter() - start)
+        return value
+
     def _store(self, key: Hashable, call: Call) -> Any:
         if capturing():
-            self.cache.misses -= 1
             self.bypass("a CUDA graph is being captured")
             return call.compute()
+        self.cache.miss()
         pins = call.pins()
-        start = time.perf_counter()
-        value = _plainly(call)
-        self.seconds += time.perf_counter() - start
-        self.computed += 1
+        value = self._compute(call)
         try:
             value, tensors, nbytes = _private(value, call.sources(), call.stored())
         except Uncacheable as reason:
@@ -132,12 +135,6 @@ class Memo:
         entry.checked = self.check == "never" or (self.check == "first" and call.signature() in self._checked)
         self.cache.put(key, entry)
         return entry.fresh()
-
-
-def _plainly(call: Call) -> Any:
-    # A normal tensor without history can be used under inference_mode and in training alike; the reverse fails.
-    with torch.inference_mode(False), torch.no_grad():
-        return call.compute()
 
 
 def _private(value: Any, sources: list[torch.Tensor], stored: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], int]:

@@ -54,10 +54,10 @@ class Patch:
         self.site, self.model, self.owner, self.name, self.where = site, model, owner, name, where
         self.memo = Memo(where, budget, check)
         self.replacement = replacement
-        self.parameters = _parameters(getattr(owner, name))
-        _check_names(site, self.parameters, scope.parameters(model), where)
-        self.plan = Plan(self.parameters or (), site.key, where)
-        self._everything = Plan(self.parameters or (), {}, where, default=("shape", "dtype", "device"))
+        self.parameters, anything = _parameters(getattr(owner, name))
+        _check_names(site, self.parameters, anything, scope.parameters(model), where)
+        self.plan = Plan(self.parameters, site.key, where)
+        self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device"))
         self._everywhere = not isinstance(owner, torch.nn.Module)
         self._state = None if self._everywhere else State([owner, *reads], subtree=owner is not model)
         self._epoch = 0
@@ -146,10 +146,9 @@ class Patch:
     def _bind(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         args, kwargs = list(args), dict(kwargs)
         for name, source in self._bound.items():
-            position = self.parameters.index(name)
             value = frame.argument(source.removeprefix("model."))
-            if position < len(args):
-                args[position] = value
+            if name in self.parameters[: len(args)]:
+                args[self.parameters.index(name)] = value
             else:
                 kwargs[name] = value
         return tuple(args), kwargs
@@ -226,21 +225,20 @@ class _Call:
         return []
 
 
-def _parameters(function: Callable) -> list[str] | None:
-    """Names of the parameters, in order; None where the function takes anything."""
+def _parameters(function: Callable) -> tuple[list[str], bool]:
+    """Names of the parameters that can be given by position or name, in order, and whether any other name is taken."""
     parameters = inspect.signature(function).parameters.values()
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return None
-    return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return names, any(each.kind is each.VAR_KEYWORD for each in parameters)
 
 
-def _check_names(site: Site, own: list[str] | None, model: list[str], where: str) -> None:
+def _check_names(site: Site, own: list[str], anything: bool, model: list[str], where: str) -> None:
     for name in [*site.key, *site.bind, *site.bind.values()]:
-        known, word = (model, name.removeprefix("model.")) if name.startswith("model.") else (own, name)
-        if known is not None and word not in known:
-            whose = "the model's forward" if known is model else "it"
+        of_model, word = name.startswith("model."), name.removeprefix("model.")
+        known = model if of_model else own
+        if word not in known and (of_model or not anything):
             raise SiteError(
-                f"{where}: {whose} has no parameter `{word}`{suggest(word, known)}\n"
+                f"{where}: {'the model' if of_model else 'it'} has no parameter `{word}`{suggest(word, known)}\n"
                 f"    Parameters: {', '.join(known) or 'none'}."
             )
 

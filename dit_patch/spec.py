@@ -373,7 +373,7 @@ def _merged(base: Case, over: Case) -> Case:
 
 
 def _unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
-    """Where `own` does not fit together with `base`: a name in a shape that a size does not bind, or a needless null."""
+    """Where `own` does not fit together with `base`: a name in a shape that a size does not bind, or an idle null."""
     for name, given in own.inputs.items():
         if given is None and name not in base.inputs:
             yield (*loc, "inputs", name), f"leaves out an input that `mini` does not have{suggest(name, base.inputs)}"

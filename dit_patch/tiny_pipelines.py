@@ -1,6 +1,6 @@
-"""Small but real diffusers pipelines with random weights, built offline: every component is of the class that the released
-model uses (tokenizers included, trained here on a few sentences), only smaller, so a prompt goes in and frames come out.
-`demo` and the tests generate with them. Nothing here knows of patches.
+"""Small but real diffusers pipelines with random weights, built offline: every component is of the class that the
+released model uses (tokenizers included, trained here on a few sentences), only smaller, so a prompt goes in and frames
+come out. `demo` and the tests generate with them. Nothing here knows of patches.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _LLAMA3_WORDS = (
 def wan_pipeline(seed: int = 0, **transformer_config):
     """A Wan 2.1 text-to-video `WanPipeline`: 16 latent channels, 8x smaller in space and 4x in time than the frames.
 
-    `transformer_config` overrides arguments of `WanTransformer3DModel`; here it has 8 blocks of 4 heads with 64 channels.
+    `transformer_config` overrides arguments of `WanTransformer3DModel`: 8 blocks of 4 heads with 64 channels.
     """
     with _seeded(seed):
         return _wan(_wan_transformer(transformer_config))
 
 
 def wan22_pipeline(seed: int = 0, boundary_ratio: float = 0.875, **transformer_config):
-    """A Wan 2.2 `WanPipeline`: `transformer` denoises timesteps from `boundary_ratio` * 1000 up, `transformer_2` the rest.
+    """A Wan 2.2 `WanPipeline`: `transformer` denoises from timestep `boundary_ratio` * 1000 up, `transformer_2` below.
 
     Two different sets of random weights; `transformer_config` overrides arguments of both.
     """
@@ -47,9 +47,9 @@ def wan22_pipeline(seed: int = 0, boundary_ratio: float = 0.875, **transformer_c
 def hunyuan_video_pipeline(seed: int = 0, **transformer_config):
     """A `HunyuanVideoPipeline` with embedded guidance: 16 latent channels, 8x smaller in space and 4x in time.
 
-    `transformer_config` overrides arguments of `HunyuanVideoTransformer3DModel`; here it has 3 double and 5 single blocks
-    of 8 heads with 32 channels. The tokenizer splits the start of the pipeline's prompt template, as the released one
-    does, into exactly the 95 tokens that the pipeline crops.
+    `transformer_config` overrides arguments of `HunyuanVideoTransformer3DModel`: 3 double and 5 single blocks of 8 heads
+    with 32 channels. The tokenizer splits the start of the pipeline's prompt template, as the released one does, into
+    exactly the 95 tokens that the pipeline crops.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 
@@ -162,7 +162,14 @@ def _wan(transformer, **second_expert):
 def _wan_transformer(overrides: dict):
     from diffusers import WanTransformer3DModel
 
-    config = dict(num_layers=8, num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, freq_dim=64, text_dim=64)
+    config = {
+        "num_layers": 8,
+        "num_attention_heads": 4,
+        "attention_head_dim": 64,
+        "ffn_dim": 1024,
+        "freq_dim": 64,
+        "text_dim": 64,
+    }
     return WanTransformer3DModel(**(config | overrides)).eval()
 
 
@@ -182,16 +189,16 @@ def _umt5_encoder(tokenizer):
 def _hunyuan_video_transformer(overrides: dict):
     from diffusers import HunyuanVideoTransformer3DModel
 
-    config = dict(
-        num_layers=3,
-        num_single_layers=5,
-        num_refiner_layers=2,
-        num_attention_heads=8,
-        attention_head_dim=32,
-        rope_axes_dim=(8, 12, 12),
-        text_embed_dim=64,
-        pooled_projection_dim=32,
-    )
+    config = {
+        "num_layers": 3,
+        "num_single_layers": 5,
+        "num_refiner_layers": 2,
+        "num_attention_heads": 8,
+        "attention_head_dim": 32,
+        "rope_axes_dim": (8, 12, 12),
+        "text_embed_dim": 64,
+        "pooled_projection_dim": 32,
+    }
     return HunyuanVideoTransformer3DModel(**(config | overrides)).eval()
 
 
@@ -246,7 +253,7 @@ def _with_smooth_decoder(vae):
             kernels.copy_(kernels.mean((-2, -1), keepdim=True) * bump * bump[:, None])
             kernels.div_(kernels.square().flatten(1).sum(1).mean().sqrt())
         for kernels in _image_kernels(vae.decoder.conv_out):
-            kernels.mul_(0.5)
+            kernels.mul_(0.4)
     return vae
 
 

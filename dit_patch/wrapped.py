@@ -11,6 +11,7 @@ import copy
 import functools
 import operator
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,7 +145,9 @@ def _saved_by_hook(module: Any, value: Any) -> tuple[Any, str] | None:
         for cell, variable in zip(function.__closure__ or (), function.__code__.co_freevars):
             if variable == "function_reference":
                 reference = cell.cell_contents
-                return reference, "forward" if reference.original_forward is None else "original_forward"
+                # A hook with a `new_forward` of its own calls what it found; removing the hook below takes it out.
+                replaced = isinstance(getattr(reference.forward, "func", None), types.MethodType)
+                return reference, "original_forward" if replaced else "forward"
     return None
 
 

@@ -182,6 +182,13 @@ class TestComplaints:
         places = [line.split(": ")[0] for line in complaint(text).splitlines()]
         assert places == [f"my.yaml:{at}" for at in ("1:1", "2:12", "4:27", "5:5", "8:11", "9:15", "10:5", "11:10")]
 
+    def test_what_is_missing_from_a_block_is_told_where_the_block_is_named(self):
+        text = HEAD + "extends: x\nmini:\n\n  sizes: [{}]\n  inputs:\n    x: {shape: [1]}\n"
+        assert complaint(text) == "my.yaml:3:1: mini: `config` is missing"
+
+    def test_a_requirement_too_deep_for_its_parser_is_refused(self):
+        assert "is too long for a requirement" in complaint(HEAD + f"extends: x\nrequires: ['a; {'(' * 50_000}']")
+
     def test_a_flood_of_complaints_is_cut_and_counted(self):
         lines = complaint(HEAD + "".join(f"x{number}: 1\n" for number in range(60))).splitlines()
         assert len(lines) == 51 and lines[-1] == "my.yaml: and 10 more"
@@ -614,6 +621,15 @@ class TestJsonSchema:
         for part, declared in parts.items():
             for key, about in declared["properties"].items():
                 assert about.get("description", "").endswith("."), f"{part}.{key}"
+
+    def test_it_proposes_null_only_where_null_is_a_value(self):
+        defaults = [
+            (part, key)
+            for part, declared in {"Spec": json_schema(), **json_schema()["$defs"]}.items()
+            for key, about in declared["properties"].items()
+            if about.get("default", ...) is None
+        ]
+        assert defaults == [("Input", "value")]
 
     def test_it_has_no_private_fields(self):
         assert not [

@@ -1,0 +1,251 @@
+"""`dit-patch demo`: two real pipelines with small random weights make a short video without and with the patches, and
+the frames are compared bit by bit. It needs no network and no GPU, and knows of patches only `apply` and `remove`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import tiny_pipelines
+from .errors import DitPatchError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+PROMPT = "a red balloon drifts over a quiet harbour at dawn"
+NEGATIVE_PROMPT = "blurred details, static, low quality"
+SIZE = (13, 160, 256)
+FRAMES_PER_SECOND = 8
+NEEDED = {
+    "diffusers": "diffusers",
+    "transformers": "transformers",
+    "ftfy": "ftfy",
+    "imageio": "imageio",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "PIL": "pillow",
+}
+"""The modules that the demo imports, and the packages that bring them."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One pipeline of the demo: what its files are called, how it is built from a seed, and its own call arguments."""
+
+    name: str
+    build: Callable[[int], Any]
+    guidance: dict[str, float]
+
+
+SCENES = (
+    Scene("wan", tiny_pipelines.wan_pipeline, {"guidance_scale": 5.0}),
+    Scene("hunyuan_video", tiny_pipelines.hunyuan_video_pipeline, {"guidance_scale": 6.0, "true_cfg_scale": 4.0}),
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A video (frames, 3, height, width; 0 to 1) as the pipeline returned it; seconds of the call, and of each step."""
+
+    video: torch.Tensor
+    seconds: float
+    steps: list[float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two videos part: the first frame that differs, and the largest difference of any value in all frames."""
+
+    frame: int
+    largest: float
+
+
+def run(
+    out: Path,
+    *,
+    steps: int = 10,
+    seed: int = 0,
+    size: tuple[int, int, int] = SIZE,
+    apply: Callable[[Any], Any] | None = None,
+) -> int:
+    """Generate with each pipeline plain, patched, and plain again; print what came of it and write what it looks like.
+
+    Args:
+        out: the directory for a picture (.png) and a video (.mp4) per pipeline; made if missing.
+        steps: denoising steps; each runs the transformer with the prompt and with the negative prompt.
+        seed: of the weights and of the noise.
+        size: frames, height and width in pixels; frames are a multiple of 4 plus 1, height and width multiples of 16.
+        apply: patches a pipeline and returns the handle; `dit_patch.apply` by default.
+
+    Returns:
+        The exit code: 0 if every frame of every pipeline is the same with patches and after their removal, else 1.
+    """
+    _check_needed()
+    if apply is None:
+        from . import apply
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _quiet_upstream():
+        played = [_play(scene, out, steps, seed, size, apply) for scene in SCENES]
+    for _, paths in played:
+        print(*paths, sep="\n")
+    return 0 if all(identical for identical, _ in played) else 1
+
+
+def difference(first: torch.Tensor, second: torch.Tensor) -> Difference | None:
+    """Where two videos (frames, channels, height, width) part, or None if they have the same bits."""
+    import torch
+
+    same = (first.contiguous().view(torch.uint8) == second.contiguous().view(torch.uint8)).flatten(1).all(1)
+    if same.all():
+        return None
+    return Difference(frame=int(same.int().argmin()), largest=float((first - second).abs().max()))
+
+
+def contact_sheet(rows: dict[str, torch.Tensor], columns: int = 5) -> Image.Image:
+    """One row per labelled video (frames, 3, height, width; 0 to 1): `columns` frames from the first to the last."""
+    from PIL import Image, ImageDraw
+
+    videos = {label: _bytes(frames) for label, frames in rows.items()}
+    count, height, width, _ = next(iter(videos.values())).shape
+    columns = min(columns, count)
+    chosen = [round(column * (count - 1) / max(columns - 1, 1)) for column in range(columns)]
+    left, top, gap = 64, 20, 4
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, frame in enumerate(chosen):
+        draw.text((left + column * (width + gap), gap), f"frame {frame}", fill="black")
+    for row, (label, video) in enumerate(videos.items()):
+        y = top + row * (height + gap)
+        draw.text((gap, y), label, fill="black")
+        for column, frame in enumerate(chosen):
+            sheet.paste(Image.fromarray(video[frame]), (left + column * (width + gap), y))
+    return sheet
+
+
+def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, int], apply) -> tuple[bool, list[Path]]:
+    """Generate with and without patches and print what came of it; whether all was identical, and the files written."""
+    pipeline = scene.build(seed)
+    frames, height, width = size
+    print(f"{scene.name}: {type(pipeline).__name__}, random weights, {frames} frames of {height}x{width},", end=" ")
+    print(f"{steps} steps with and without the prompt", flush=True)
+    _generate(scene, "warm-up", pipeline, 1, seed, size)
+    plain = _generate(scene, "plain", pipeline, steps, seed, size)
+    handle = apply(pipeline)
+    try:
+        patched = _generate(scene, "patched", pipeline, steps, seed, size)
+        report = str(handle)
+    finally:
+        handle.remove()
+    removed = _generate(scene, "removed", pipeline, steps, seed, size)
+
+    differs, remains = difference(plain.video, patched.video), difference(plain.video, removed.video)
+    print(f"\n{report}\n")
+    print(f"identical: {_verdict(differs, frames)}")
+    print(f"removed:   {_verdict(remains, frames, same='identical again')}\n")
+    print(_seconds(plain, patched, removed), flush=True)
+
+    picture = out / f"{scene.name}.png"
+    contact_sheet({"plain": plain.video, "patched": patched.video}).save(picture)
+    video = _write_video(out / f"{scene.name}.mp4", plain.video, patched.video)
+    return differs is None and remains is None, [picture, video]
+
+
+def _generate(scene: Scene, label: str, pipeline, steps: int, seed: int, size: tuple[int, int, int]) -> Generated:
+    import torch
+
+    frames, height, width = size
+    pipeline.set_progress_bar_config(desc=f"{scene.name} {label:7}", ncols=80)
+    moments = [time.perf_counter()]
+
+    def note_moment(pipeline, step, timestep, tensors):
+        moments.append(time.perf_counter())
+        return tensors
+
+    video = pipeline(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE_PROMPT,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=note_moment,
+        output_type="pt",
+        **scene.guidance,
+    ).frames[0]
+    seconds = time.perf_counter() - moments[0]
+    return Generated(video, seconds, [end - start for start, end in pairwise(moments)])
+
+
+def _verdict(differs: Difference | None, frames: int, same: str = "yes") -> str:
+    if differs is None:
+        return same
+    return f"no, first in frame {differs.frame} of {frames}; largest difference {differs.largest:.3g}"
+
+
+def _seconds(plain: Generated, patched: Generated, removed: Generated) -> str:
+    """Both plain runs are shown, since they tell how much of a difference is the machine's own."""
+    runs = (plain, patched, removed)
+    rows = [("generation", [run.seconds for run in runs]), ("fastest step", [min(run.steps) for run in runs])]
+    lines = [f"{'seconds':12}{'plain':>9}{'patched':>9}{'removed':>9}{'plain/patched':>15}"]
+    for label, (before, during, after) in rows:
+        lines.append(f"{label:12}{before:9.3f}{during:9.3f}{after:9.3f}{before / during:14.2f}x")
+    return "\n".join([*lines, "(one run each of a small model on this machine's CPU, not a benchmark)\n"])
+
+
+def _write_video(path: Path, plain: torch.Tensor, patched: torch.Tensor) -> Path:
+    """Plain on the left, patched on the right; an animated GIF where ffmpeg does not run."""
+    import torch
+    from PIL import Image
+
+    frames = list(_bytes(torch.cat([plain, patched], dim=-1)))
+    try:
+        _write_mp4(path, frames)
+    except (ImportError, OSError, RuntimeError) as error:
+        path.unlink(missing_ok=True)
+        path = path.with_suffix(".gif")
+        print(f"no mp4, since ffmpeg does not run here ({type(error).__name__}): {path.name} instead", file=sys.stderr)
+        first, *rest = map(Image.fromarray, frames)
+        first.save(path, save_all=True, append_images=rest, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    return path
+
+
+def _write_mp4(path: Path, frames: list) -> None:
+    import imageio
+
+    with imageio.get_writer(path, fps=FRAMES_PER_SECOND, quality=8) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+
+
+def _bytes(video: torch.Tensor):
+    """A float video (frames, 3, height, width; 0 to 1) as a uint8 array (frames, height, width, 3)."""
+    return (video * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def _check_needed() -> None:
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise DitPatchError(f"the demo needs {', '.join(missing)}: pip install 'dit-patch[demo]'")
+
+
+@contextmanager
+def _quiet_upstream() -> Iterator[None]:
+    """Upstream's advice about half-built or unusual pipelines is not for whoever watches the demo."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with ExitStack() as undo:
+        for logging in (diffusers_logging, transformers_logging):
+            undo.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+        yield

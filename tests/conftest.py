@@ -1,0 +1,93 @@
+"""What the tests share: tiny real models with an unpatched twin, and the question whether the two still agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from dit_patch import mini, verify
+from dit_patch.handle import Handle, apply
+from dit_patch.registry import Registry
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+class Tiny:
+    """A spec's mini model to be patched, and `plain`, its twin with the same weights, that never is."""
+
+    def __init__(self, name: str, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.spec = Registry(plugins=False).get(name)
+        self.case = self.spec.mini.case(variant)
+        self.dtype = dtype
+        self.model, self.plain = (mini.build(self.spec, self.case, dtype=dtype) for _ in range(2))
+        self.handle: Handle | None = None
+
+    @property
+    def both(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        return self.model, self.plain
+
+    def apply(self, **options) -> Handle:
+        self.handle = apply(self.model, **options)
+        return self.handle
+
+    def calls(self, steps: int = 2, size: int = 0, **options) -> list[dict]:
+        """The arguments of a generation's forwards, two passes a step; the same list again means the same tensors again."""
+        options = {"dtype": self.dtype} | options
+        return list(mini.forwards(self.case, self.case.sizes[size], steps=steps, **options))
+
+    def agree(self, calls: list[dict], model=None, plain=None) -> Counter[str]:
+        """Assert that model and twin give the same bits; the hits of each site on the way, without those that had none."""
+        before = self.hits()
+        ours = verify.run(self.model if model is None else model, calls)
+        hits = self.hits() - before
+        theirs = verify.run(self.plain if plain is None else plain, calls)
+        assert verify.first_difference(ours, theirs) is None
+        return hits
+
+    def hits(self) -> Counter[str]:
+        return Counter({row.at: row.hits for row in self.handle.stats()} if self.handle else {})
+
+    def reasons(self) -> set[str]:
+        """Why calls were passed through, over all sites."""
+        return {reason for row in self.handle.stats() for reason in row.bypassed}
+
+
+@pytest.fixture
+def tiny():
+    """Makes a `Tiny` of a spec: `tiny("diffusers/wan")`, `tiny("diffusers/wan", "i2v")`. What was patched is taken back."""
+    made = []
+
+    def make(*args, **options) -> Tiny:
+        made.append(Tiny(*args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        if each.handle is not None:
+            each.handle.remove()
+
+
+@pytest.fixture
+def wan(tiny) -> Tiny:
+    return tiny("diffusers/wan")
+
+
+@pytest.fixture
+def hunyuan(tiny) -> Tiny:
+    """HunyuanVideo: timestep embeddings, a token refiner, and a span."""
+    return tiny("diffusers/hunyuan_video")
+
+
+@pytest.fixture(params=["diffusers/wan", "diffusers/hunyuan_video"])
+def each(request, tiny) -> Tiny:
+    """First one, then the other."""
+    return tiny(request.param)

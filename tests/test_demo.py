@@ -1,0 +1,280 @@
+"""`dit-patch demo` and the tiny pipelines it generates with: they are real, they survive a disk, and it can say no."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dit_patch import demo, tiny_pipelines
+from dit_patch.errors import DitPatchError
+
+for module in demo.NEEDED:
+    pytest.importorskip(module)
+
+SIZE = (5, 32, 48)
+BUILDERS = {
+    "wan": lambda: tiny_pipelines.wan_pipeline(num_layers=2),
+    "wan22": lambda: tiny_pipelines.wan22_pipeline(num_layers=1),
+    "hunyuan_video": lambda: tiny_pipelines.hunyuan_video_pipeline(num_layers=1, num_single_layers=1),
+}
+
+
+class DoesNothing:
+    """A stand-in for a handle: patches nothing, and counts how often it was removed."""
+
+    def __init__(self, pipeline):
+        self.pipeline, self.removals = pipeline, 0
+
+    def remove(self):
+        self.removals += 1
+
+    def __str__(self):
+        return "the report"
+
+
+class ChangesPictures(DoesNothing):
+    """A patch that is not lossless: it moves one bias of the transformer by a little, and remembers where it was."""
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        self.bias = pipeline.transformer.proj_out.bias
+        self.before = self.bias.detach().clone()
+        with torch.no_grad():
+            self.bias[0] += 1e-3
+
+    def remove(self):
+        super().remove()
+        with torch.no_grad():
+            self.bias.copy_(self.before)
+
+
+class StaysBehind(ChangesPictures):
+    """A patch that cannot be taken back."""
+
+    def remove(self):
+        pass
+
+
+def generate(pipeline, prompt=demo.PROMPT, steps=2, **guidance):
+    pipeline.set_progress_bar_config(disable=True)
+    frames, height, width = SIZE
+    return pipeline(
+        prompt=prompt,
+        negative_prompt=demo.NEGATIVE_PROMPT,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **guidance,
+    ).frames[0]
+
+
+def forwards(model):
+    """A list that grows by one with each forward of `model`."""
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.fixture
+def short_scenes(monkeypatch):
+    """The demo's scenes with as few blocks as the tests can do with."""
+    small = tuple(
+        demo.Scene(scene.name, lambda seed, name=scene.name: BUILDERS[name](), scene.guidance) for scene in demo.SCENES
+    )
+    monkeypatch.setattr(demo, "SCENES", small)
+
+
+# The pipelines are real.
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_prompt_becomes_frames_that_show_something(name):
+    video = generate(BUILDERS[name]())
+
+    assert video.shape == (5, 3, 32, 48)
+    assert video.isfinite().all()
+    assert video.std() > 0.1
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_another_prompt_makes_other_frames(name):
+    pipeline = BUILDERS[name]()
+
+    assert demo.difference(generate(pipeline), generate(pipeline, prompt="a green stone")) is not None
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_saved_pipeline_loads_and_makes_the_same_frames(name, tmp_path):
+    pipeline = BUILDERS[name]()
+    pipeline.save_pretrained(tmp_path)
+
+    loaded = type(pipeline).from_pretrained(tmp_path, local_files_only=True)
+
+    assert demo.difference(generate(pipeline), generate(loaded)) is None
+
+
+def test_both_experts_of_wan22_are_used():
+    pipeline = BUILDERS["wan22"]()
+    high_noise, low_noise = forwards(pipeline.transformer), forwards(pipeline.transformer_2)
+
+    generate(pipeline, steps=4)
+
+    assert high_noise and low_noise
+    assert len(high_noise) + len(low_noise) == 4 * 2
+
+
+@pytest.mark.parametrize("scene", demo.SCENES, ids=lambda scene: scene.name)
+def test_the_guidance_of_the_demo_runs_two_passes_a_step(scene):
+    pipeline = BUILDERS[scene.name]()
+    calls = forwards(pipeline.transformer)
+
+    generate(pipeline, steps=3, **scene.guidance)
+
+    assert len(calls) == 3 * 2
+
+
+def test_the_prompt_template_of_hunyuan_video_is_as_long_as_what_the_pipeline_crops():
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+    start, _ = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")
+
+    assert len(tiny_pipelines.llama3_tokenizer()(start).input_ids) == DEFAULT_PROMPT_TEMPLATE["crop_start"]
+
+
+def test_building_leaves_the_random_numbers_of_the_caller_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+
+    BUILDERS["wan"]()
+
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_seed_names_the_weights():
+    first, same, other = (tiny_pipelines.wan_pipeline(seed, num_layers=1).transformer for seed in (1, 1, 2))
+
+    assert torch.equal(first.proj_out.weight, same.proj_out.weight)
+    assert not torch.equal(first.proj_out.weight, other.proj_out.weight)
+
+
+# What the demo says.
+
+
+def test_the_demo_is_identical_with_the_real_patches(tmp_path, capsys):
+    code = demo.run(tmp_path / "out", steps=2, size=SIZE)
+
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert printed.count("identical: yes") == 2
+    assert printed.count("removed:   identical again") == 2
+
+
+def test_a_patch_that_changes_a_picture_is_told_with_the_place(short_scenes, tmp_path, capsys):
+    code = demo.run(tmp_path, steps=2, size=SIZE, apply=ChangesPictures)
+
+    printed = capsys.readouterr().out
+    assert code == 1
+    assert printed.count("identical: no, first in frame 0 of 5; largest difference ") == 2
+    assert printed.count("removed:   identical again") == 2
+
+
+def test_a_patch_that_cannot_be_taken_back_is_told(short_scenes, tmp_path, capsys):
+    code = demo.run(tmp_path, steps=2, size=SIZE, apply=StaysBehind)
+
+    assert code == 1
+    assert capsys.readouterr().out.count("removed:   no, first in frame 0 of 5; largest difference ") == 2
+
+
+def test_the_report_comes_first_and_the_files_last(short_scenes, tmp_path, capsys):
+    demo.run(tmp_path, steps=1, size=SIZE, apply=DoesNothing)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.index("the report") < lines.index("identical: yes")
+    assert lines[-4:] == [
+        str(tmp_path / name) for name in ("wan.png", "wan.mp4", "hunyuan_video.png", "hunyuan_video.mp4")
+    ]
+    assert all((tmp_path / name).stat().st_size for name in lines[-4:])
+
+
+def test_the_patches_are_removed_when_a_generation_fails(short_scenes, tmp_path):
+    handles = []
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    def break_decoder(pipeline):
+        pipeline.vae.decode = fail
+        handles.append(DoesNothing(pipeline))
+        return handles[0]
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        demo.run(tmp_path, steps=1, size=SIZE, apply=break_decoder)
+
+    assert [handle.removals for handle in handles] == [1]
+
+
+# How it compares and what it writes.
+
+
+def test_videos_are_compared_bit_by_bit():
+    video = torch.rand(4, 3, 8, 8)
+    other = video.clone()
+    other[2, 1, 0, 0] += 0.25
+
+    assert demo.difference(video, video.clone()) is None
+    assert demo.difference(video, other) == demo.Difference(frame=2, largest=pytest.approx(0.25))
+
+
+def test_zero_and_minus_zero_differ():
+    assert demo.difference(torch.zeros(1, 3, 2, 2), -torch.zeros(1, 3, 2, 2)) == demo.Difference(frame=0, largest=0.0)
+
+
+def test_the_contact_sheet_has_a_row_for_each_video_from_the_first_frame_to_the_last():
+    dark = torch.linspace(0.1, 0.2, 9)[:, None, None, None].expand(9, 3, 32, 48)
+
+    sheet = demo.contact_sheet({"plain": dark, "patched": dark + 0.5}, columns=3)
+
+    assert sheet.size == (64 + 3 * (48 + 4), 20 + 2 * (32 + 4))
+    middle = [[sheet.getpixel((64 + 24 + column * 52, 20 + 16 + row * 36))[0] for column in range(3)] for row in (0, 1)]
+    assert middle == [[26, 38, 51], [153, 166, 178]]
+
+
+def test_without_ffmpeg_the_video_is_a_gif(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    def no_ffmpeg(path, frames):
+        raise RuntimeError("No ffmpeg exe could be found")
+
+    monkeypatch.setattr(demo, "_write_mp4", no_ffmpeg)
+    ramp = torch.linspace(0, 1, 3)[:, None, None, None].expand(3, 3, 16, 16)
+
+    path = demo._write_video(tmp_path / "wan.mp4", ramp, ramp)
+
+    assert path == tmp_path / "wan.gif"
+    with Image.open(path) as gif:
+        assert (gif.n_frames, gif.size) == (3, (32, 16))
+    assert "wan.gif instead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "package"), [("imageio", "imageio"), ("PIL", "pillow"), ("diffusers", "diffusers")])
+def test_what_is_missing_is_named_with_the_remedy(module, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+
+    with pytest.raises(DitPatchError) as raised:
+        demo.run(tmp_path / "out")
+
+    assert str(raised.value) == f"the demo needs {package}: pip install 'dit-patch[demo]'"
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_the_demo_imports_neither_torch_nor_diffusers():
+    program = (
+        "import sys, dit_patch.demo; sys.exit(bool({'torch', 'diffusers', 'transformers', 'PIL'} & {*sys.modules}))"
+    )
+
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

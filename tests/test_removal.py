@@ -1,0 +1,260 @@
+"""Ours and other libraries' layers on one real module, in random order: the call is always right, and all goes away."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from dit_patch import wrapped
+
+accelerate_hooks = pytest.importorskip("accelerate.hooks")
+diffusers_hooks = pytest.importorskip("diffusers.hooks.hooks")
+transformer_wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+
+torch.set_num_threads(1)
+LATENTS = torch.zeros(1, 4, 2, 4, 4)
+
+
+class Rope:
+    """A real WanRotaryPosEmbed with other libraries' layers on it; `trace` says which of them the last call met."""
+
+    def __init__(self):
+        self.module = transformer_wan.WanRotaryPosEmbed(12, (1, 2, 2), 32)
+        self.trace = []
+        self.closures = {}
+
+    def call(self):
+        """The result, and the foreign layers on the way, or the exception that the foreign layers brought about."""
+        self.trace.clear()
+        try:
+            result = self.module(LATENTS)
+        except (AttributeError, RecursionError) as error:
+            return type(error), []
+        return [tensor.sum().item() for tensor in result], [each for each in self.trace if each[0] != "ours"]
+
+    def add_accelerate(self, number):
+        trace = self.trace
+
+        class Hook(accelerate_hooks.ModelHook):
+            def pre_forward(self, module, *args, **kwargs):
+                trace.append(("accelerate", number))
+                return args, kwargs
+
+        accelerate_hooks.add_hook_to_module(self.module, Hook())
+
+    def remove_accelerate(self):
+        accelerate_hooks.remove_hook_from_module(self.module)
+
+    def add_diffusers(self, name, replaces):
+        trace = self.trace
+
+        class Hook(diffusers_hooks.ModelHook):
+            def pre_forward(self, module, *args, **kwargs):
+                trace.append(("diffusers", name))
+                return args, kwargs
+
+        class Replacing(Hook):
+            def new_forward(self, module, *args, **kwargs):
+                trace.append(("diffusers, instead", name))
+                return self.fn_ref.original_forward(*args, **kwargs)
+
+        registry = diffusers_hooks.HookRegistry.check_if_exists_or_initialize(self.module)
+        registry.register_hook(Replacing() if replaces else Hook(), name)
+
+    def remove_diffusers(self, name):
+        self.module._diffusers_hook.remove_hook(name, recurse=False)
+
+    def add_closure(self, number, named):
+        below, own, trace = self.module.forward, "forward" in vars(self.module), self.trace
+
+        def forward(*args, **kwargs):
+            trace.append(("closure", number))
+            return below(*args, **kwargs)
+
+        self.closures[number] = below, own
+        self.module.forward = functools.wraps(below)(forward) if named else forward
+
+    def remove_closure(self, number):
+        below, own = self.closures.pop(number)
+        if own:
+            self.module.forward = below
+        else:
+            vars(self.module).pop("forward", None)
+
+    def add_ours(self, number):
+        def layer(original, instance, args, kwargs):
+            self.trace.append(("ours", number))
+            return original(*args, **kwargs)
+
+        return wrapped.install(self.module, "forward", layer)
+
+    def bound(self):
+        """Whether the module has its class's own forward, from its class or as an attribute of its own."""
+        forward = vars(self.module).get("forward")
+        return forward is None or (
+            type(forward) is types.MethodType and forward.__func__ is type(self.module).forward
+        )
+
+
+class Removal(RuleBasedStateMachine):
+    """`patched` gets our layers and the foreign ones, `plain` the foreign ones only."""
+
+    closures_too = False
+
+    @initialize()
+    def start(self):
+        self.patched, self.plain = Rope(), Rope()
+        self.expected, _ = self.plain.call()
+        self.ours = {}
+        self.gone = []
+        self.solid = set()
+        self.accelerate = None
+        self.names = []
+        self.number = 0
+        self.broken = False
+
+    def both(self, operation, *args):
+        for rope in (self.patched, self.plain):
+            getattr(rope, operation)(*args)
+
+    def fresh(self):
+        self.number += 1
+        return self.number
+
+    def taken_away(self):
+        """A foreign layer goes that may drop what is stacked on it: layers of ours may go with a closure."""
+        if self.patched.closures:
+            self.solid.clear()
+
+    @precondition(lambda self: len(self.ours) < 3)
+    @rule()
+    def install(self):
+        number = self.fresh()
+        self.ours[number] = self.patched.add_ours(number)
+        self.solid.add(number)
+
+    @precondition(lambda self: self.ours)
+    @rule(data=st.data())
+    def remove(self, data):
+        number = data.draw(st.sampled_from(sorted(self.ours)))
+        layer = self.ours.pop(number)
+        wrapped.remove(layer)
+        self.solid.discard(number)
+        self.gone.append(layer)
+
+    @precondition(lambda self: self.accelerate is None)
+    @rule()
+    def accelerate_comes(self):
+        self.both("add_accelerate", self.fresh())
+        self.accelerate = len(self.names)
+
+    # With a diffusers hook over it, accelerate leaves a forward behind that cannot be called.
+    @precondition(lambda self: self.accelerate is not None and len(self.names) <= self.accelerate)
+    @rule()
+    def accelerate_goes(self):
+        self.taken_away()
+        self.both("remove_accelerate")
+        self.accelerate = None
+
+    @precondition(lambda self: len(self.names) < 3)
+    @rule(replaces=st.booleans())
+    def diffusers_comes(self, replaces):
+        name = f"hook {self.fresh()}"
+        self.both("add_diffusers", name, replaces)
+        self.names.append(name)
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def diffusers_goes(self, data):
+        name = data.draw(st.sampled_from(self.names))
+        self.taken_away()
+        self.both("remove_diffusers", name)
+        if self.accelerate is not None and self.names.index(name) < self.accelerate:
+            self.accelerate -= 1
+        self.names.remove(name)
+
+    @precondition(lambda self: self.closures_too and len(self.patched.closures) < 2)
+    @rule(named=st.booleans())
+    def a_closure_comes(self, named):
+        self.both("add_closure", self.fresh(), named)
+
+    @precondition(lambda self: self.closures_too and self.patched.closures)
+    @rule(data=st.data())
+    def a_closure_goes(self, data):
+        self.taken_away()
+        self.both("remove_closure", data.draw(st.sampled_from(sorted(self.patched.closures))))
+
+    @invariant()
+    def the_call_is_as_without_us(self):
+        if self.broken:
+            return
+        plain = self.plain.call()
+        self.broken = plain[0] != self.expected
+        if self.broken:
+            assert self.closures_too, "other libraries' hooks alone must not break each other here"
+            return
+        assert self.patched.call() == plain
+        met = {number for kind, number in self.patched.trace if kind == "ours"}
+        assert met <= set(self.ours), "a removed layer acted"
+        assert self.solid <= met, "a live layer was not reached"
+        for number, layer in self.ours.items():
+            assert wrapped.installed(layer) or number not in met or self.closures_too
+
+    def teardown(self):
+        if not hasattr(self, "patched") or self.broken:
+            return
+        for name in reversed(self.names):
+            self.both("remove_diffusers", name)
+        if self.accelerate is not None:
+            self.both("remove_accelerate")
+        for number in sorted(self.patched.closures, reverse=True):
+            self.both("remove_closure", number)
+        plain = self.plain.call()
+        if plain[0] != self.expected:
+            return
+        for layer in self.ours.values():
+            wrapped.remove(layer)
+        for layer in [*self.gone, *self.ours.values()]:
+            assert wrapped.remove(layer)
+        assert self.patched.call() == plain
+        self.nothing_is_left()
+
+    def nothing_is_left(self):
+        ours, plain = (vars(rope.module) for rope in (self.patched, self.plain))
+        assert ours.keys() - {"forward"} == plain.keys() - {"forward"}
+        assert self.patched.bound() or not self.plain.bound()
+        assert "forward" not in ours or "forward" in plain
+        for name in ours.keys() - {"forward", "_diffusers_hook"}:
+            assert not isinstance(ours[name], wrapped.Wrapped)
+        seen = []
+        for holder, attribute in wrapped._slots(self.patched.module, "forward"):
+            value = vars(holder).get(attribute)
+            seen.append(type(value))
+        assert wrapped.Wrapped not in seen
+
+
+class RemovalWithClosures(Removal):
+    closures_too = True
+
+
+BOUNDED = settings(
+    deadline=None,
+    max_examples=150,
+    stateful_step_count=25,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_layers_of_ours_and_of_hook_libraries_come_and_go_in_any_order():
+    run_state_machine_as_test(Removal, settings=BOUNDED)
+
+
+def test_a_closure_of_somebody_else_may_drop_our_layer_but_nothing_else_goes_wrong():
+    run_state_machine_as_test(RemovalWithClosures, settings=BOUNDED)

@@ -1,0 +1,216 @@
+"""Every bundled spec on the real class that it names: the same bits, and the hits that they are for.
+
+A new YAML file is tested by being there.
+"""
+
+import warnings
+from importlib import metadata
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import dit_patch
+from dit_patch import mini, verify
+from dit_patch.registry import Registry
+
+SPECS = {spec.name: spec for spec in Registry(plugins=False)}
+CASES = [(name, variant) for name, spec in SPECS.items() for variant in (None, *spec.mini.variants)]
+STEPS = 4
+
+
+def build(name, variant=None, dtype=torch.float32, seed=0):
+    spec = SPECS[name]
+    for line in spec.requires:
+        requirement = Requirement(line)
+        if not requirement.specifier.contains(metadata.version(requirement.name), prereleases=True):
+            pytest.skip(f"{name} needs {line}")
+    case = spec.mini.case(variant)
+    return mini.build(spec, case, dtype=dtype, seed=seed), case
+
+
+def generation(case, number=0, dtype=torch.float32, size=0):
+    return list(mini.forwards(case, case.sizes[size], steps=STEPS, dtype=dtype, generation=number))
+
+
+def expect_hits(handle, forwards, generations):
+    """Each site hits whenever what it depends on has been seen: sizes, a prompt of a generation, or a step."""
+    for row in handle.stats():
+        assert not row.bypassed, (row.at, row.bypassed)
+        calls = row.hits + row.misses
+        if not calls:
+            assert row.notes == ("not in this model",) or row.at in OPTIONAL, row
+            continue
+        per_forward = calls // forwards
+        if row.kind == "rope":
+            assert row.misses == generations, row
+        elif row.kind == "timestep":
+            assert row.hits == row.misses == calls // 2, row
+        elif row.kind == "context":
+            assert row.misses <= 2 * generations * per_forward, row
+            assert row.hits >= calls - 2 * generations * per_forward > 0, row
+        else:
+            assert row.kind == "mask"
+            assert row.misses <= 2 * generations * per_forward and row.hits > row.misses, row
+
+
+OPTIONAL = {site.at for spec in SPECS.values() for site in spec.sites if site.optional}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_patched_and_unpatched_are_equal_over_sizes_prompts_and_steps_and_sites_hit(name, variant, dtype):
+    model, case = build(name, variant, dtype)
+    assert len(case.sizes) >= 3
+    forwards = [each for number in range(len(case.sizes)) for each in generation(case, number, dtype, number)]
+    plain = verify.run(model, forwards)
+    with dit_patch.apply(model) as handle:
+        assert verify.first_difference(plain, verify.run(model, forwards)) is None
+        expect_hits(handle, len(forwards), len(case.sizes))
+    assert verify.first_difference(plain, verify.run(model, forwards)) is None
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_site_of_a_spec_is_reached_and_hits_in_one_of_its_minis(name):
+    hit = set()
+    for variant in (None, *SPECS[name].mini.variants):
+        model, case = build(name, variant)
+        with dit_patch.apply(model) as handle:
+            verify.run(model, generation(case))
+            hit |= {row.at for row in handle.stats() if row.hits}
+    assert hit == {site.at for site in SPECS[name].sites}
+
+
+def cast(model):
+    model.to(torch.bfloat16)
+
+
+def edit_weights(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+
+
+def load(model):
+    generator = torch.Generator().manual_seed(5)
+    state = {name: torch.randn(value.shape, generator=generator) * 0.1 for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def replace_weights(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    targets = [name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear) and "proj_out" not in name]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+    model.eval()
+
+
+def scaled(model):
+    lora(model)
+    model.set_adapters(["default"], [0.3])
+
+
+def fused(model):
+    lora(model)
+    model.fuse_lora(lora_scale=0.7)
+
+
+def fused_and_unloaded(model):
+    fused(model)
+    model.unload_lora()
+
+
+@pytest.mark.parametrize(
+    "change", [cast, edit_weights, load, replace_weights, lora, scaled, fused, fused_and_unloaded], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("name", SPECS)
+def test_weights_that_change_between_generations_count_even_with_the_same_inputs(name, change):
+    model, case = build(name)
+    twin, _ = build(name)
+    forwards = generation(case)
+    # Of the dtype that the change leaves, so that prompt and timestep are the very same tensors before and after.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft|diffusers")
+        with dit_patch.apply(model) as handle:
+            first = verify.run(model, forwards)
+            assert verify.first_difference(first, verify.run(twin, forwards)) is None
+            for each in (model, twin):
+                change(each)
+            second = generation(case, dtype=torch.bfloat16) if change is cast else forwards
+            after = verify.run(model, second)
+            assert verify.first_difference(verify.run(twin, second), after) is None
+            assert verify.first_difference(first, after) is not None
+            assert sum(row.hits for row in handle.stats()) > 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_prompt_that_is_replaced_or_rewritten_mid_run_counts(name):
+    model, case = build(name)
+    other = generation(case, number=1)
+    forwards = generation(case)
+    half = len(forwards) // 2
+    prompts = [key for key, recipe in case.inputs.items() if recipe.new == "pass"]
+    replaced = forwards[:half] + [
+        {**arguments, **{key: other[number][key] for key in prompts}} for number, arguments in enumerate(forwards[half:])
+    ]
+    rewritten = generation(case)
+
+    def run(forwards, rewrite):
+        outputs = verify.run(model, forwards[:half])
+        if rewrite:
+            forwards[0]["encoder_hidden_states"].mul_(2)
+        return outputs + verify.run(model, forwards[half:])
+
+    plain = run(replaced, False), run(rewritten, True)
+    rewritten = generation(case)
+    with dit_patch.apply(model):
+        assert verify.first_difference(plain[0], run(replaced, False)) is None
+        assert verify.first_difference(plain[1], run(rewritten, True)) is None
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_two_generations_with_one_handle_equal_those_of_fresh_models(name):
+    model, case = build(name)
+    with dit_patch.apply(model):
+        for number in (0, 1, 0):
+            forwards = generation(case, number, size=number)
+            fresh, _ = build(name)
+            assert verify.first_difference(verify.run(fresh, forwards), verify.run(model, forwards)) is None
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_only_the_kinds_asked_for_are_patched(name):
+    model, case = build(name)
+    with dit_patch.apply(model, only=["rope"]) as handle:
+        verify.run(model, generation(case))
+        assert {row.kind for row in handle.stats()} == {"rope"}
+        assert all(row.hits for row in handle.stats())
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_nothing_is_left_behind(name, variant):
+    model, case = build(name, variant)
+
+    def everything():
+        return {
+            path: {
+                key: dict(value) if isinstance(value, dict) and key.startswith("_forward") else value
+                for key, value in vars(module).items()
+            }
+            for path, module in model.named_modules()
+        }
+
+    before = everything()
+    with dit_patch.apply(model):
+        assert everything() != before
+        verify.run(model, generation(case))
+    after = everything()
+    assert {path: set(values) for path, values in after.items()} == {path: set(values) for path, values in before.items()}
+    for path, values in after.items():
+        assert all(not value for key, value in values.items() if key.startswith("_forward")), path
