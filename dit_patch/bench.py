@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Measurement, Timer
 
-from . import __version__, mini, resolve, wrapped
+from . import __version__, mini, resolve, scope, wrapped
+from .errors import SiteError
 from .handle import apply
 from .registry import Registry
-from .scope import scope_of
 from .spec import Case, Site, Spec
 
 PARTS = ("hits", "sites", "kernels", "forwards")
+_TURNS = 7
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ def run(
     rows: list[Row] = []
     for part in parts:
         print(f"\n{_TITLES[part]}")
-        print(f"  {'spec':<24}  {'case':<20}  {'what':<62}  {'plain':>10}  {'patched':>10}       ratio")
+        print(f"  {'spec':<24}  {'case':<20}  {'what':<62}  {'plain':>10}  {'patched':>10}    {_GAINS.get(part, 'ratio'):>9}")
         for spec in chosen:
             for row in _MEASURES[part](spec, device, seconds):
                 rows.append(row)
-                ratio = f"{row.plain / row.patched:8.2f}x" if row.patched else ""
+                gain = f"{row.patched - row.plain:+8.2f}" if part == "hits" else f"{row.plain / row.patched:8.2f}x"
                 print(
                     f"  {row.spec:<24}  {row.case:<20}  {row.what:<62}  {_shown(row.plain):>10}  "
-                    f"{_shown(row.patched):>10} {row.unit:<2} {ratio}"
+                    f"{_shown(row.patched):>10} {row.unit:<2} {gain}"
                 )
     if csv is not None:
         with csv.open("w", newline="") as file:
@@ -104,8 +105,8 @@ def hits(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
     )
     with patched_frame(model, arguments):
         for call in calls:
-            hit = _time(getattr(call.owner, call.name), call, model, seconds)
-            yield Row("hits", spec.name, "mini", call.site.at, "us", nothing.median * 1e6, hit.median * 1e6, hit.iqr * 1e6)
+            hit = _time(getattr(call.owner, call.name), call, seconds)
+            yield Row("hits", spec.name, "mini", call.site.at, "us", *_microseconds(nothing, hit))
 
 
 def sites(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
@@ -113,13 +114,11 @@ def sites(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
     for name in spec.bench:
         case = spec.bench_case(name)
         model, arguments, calls = real(spec, case, device)
-        plain = [_time(getattr(call.owner, call.name), call, model, seconds) for call in calls]
+        plain = [_time(getattr(call.owner, call.name), call, seconds) for call in calls]
         with patched_frame(model, arguments):
             for call, before in zip(calls, plain):
-                after = _time(getattr(call.owner, call.name), call, model, seconds)
-                yield Row(
-                    "sites", spec.name, name, call.site.at, "us", before.median * 1e6, after.median * 1e6, after.iqr * 1e6
-                )
+                after = _time(getattr(call.owner, call.name), call, seconds)
+                yield Row("sites", spec.name, name, call.site.at, "us", *_microseconds(before, after))
 
 
 def kernels(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
@@ -152,20 +151,16 @@ def forwards(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
                 torch.cuda.synchronize()
 
         timer = Timer("f()", globals={"f": generation}, num_threads=torch.get_num_threads())
-        plain = timer.blocked_autorange(min_run_time=seconds)
-        with apply(model):
-            generation()
-            patched = timer.blocked_autorange(min_run_time=seconds)
-        yield Row(
-            "forwards",
-            spec.name,
-            variant or "mini",
-            "four steps, two passes each",
-            "us",
-            plain.median * 1e6,
-            patched.median * 1e6,
-            patched.iqr * 1e6,
-        )
+        plain, patched = [], []
+        # In turns, so that whatever else the machine does falls on both alike.
+        for _ in range(_TURNS):
+            plain.append(timer.blocked_autorange(min_run_time=seconds / _TURNS))
+            with apply(model):
+                generation()
+                patched.append(timer.blocked_autorange(min_run_time=seconds / _TURNS))
+        [plain], [patched] = Measurement.merge(plain), Measurement.merge(patched)
+        what = "four steps, two passes each"
+        yield Row("forwards", spec.name, variant or "mini", what, "us", *_microseconds(plain, patched))
 
 
 def record(model: torch.nn.Module, spec: Spec, arguments: dict[str, Any]) -> list[Recorded]:
@@ -177,7 +172,7 @@ def record(model: torch.nn.Module, spec: Spec, arguments: dict[str, Any]) -> lis
             continue
         try:
             owner, name = resolve.targets(model, site.at, spec.name)[0]
-        except resolve.SiteError:
+        except SiteError:
             continue
 
         def note(original, instance, args, kwargs, site=site, owner=owner, name=name):
@@ -235,17 +230,15 @@ def real(spec: Spec, case: Case, device: str) -> tuple[torch.nn.Module, dict[str
 def patched_frame(model: torch.nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
     """Patched, and as if inside one forward of `model`, so that its sites can be called one by one."""
     with apply(model, max_bytes=8 << 30), torch.no_grad():
-        scope = scope_of(model)
-        scope.enter(model, (), arguments)
+        hooks = scope.scope_of(model)
+        hooks.enter(model, (), arguments)
         try:
             yield
         finally:
-            scope.leave(model, (), arguments, None)
+            hooks.leave(model, (), arguments, None)
 
 
-def _time(function: Callable, call: Recorded, model: torch.nn.Module, seconds: float):
-    from . import scope
-
+def _time(function: Callable, call: Recorded, seconds: float) -> Measurement:
     frame = scope.current()
     calls = {} if frame is None else frame.calls
     # Each call is to be the first of its forward, as it is in the model.
@@ -259,6 +252,10 @@ def _time(function: Callable, call: Recorded, model: torch.nn.Module, seconds: f
             calls.clear()
             function(*call.args, **call.kwargs)
         return timer.blocked_autorange(min_run_time=seconds)
+
+
+def _microseconds(plain: Measurement, patched: Measurement) -> tuple[float, float, float]:
+    return plain.median * 1e6, patched.median * 1e6, patched.iqr * 1e6
 
 
 def _operations(model: torch.nn.Module, forwards: Iterable[dict[str, Any]]) -> float:
@@ -285,6 +282,7 @@ def _shown(value: float) -> str:
 
 
 _MEASURES = {"hits": hits, "sites": sites, "kernels": kernels, "forwards": forwards}
+_GAINS = {"hits": "over"}
 _TITLES = {
     "hits": "Cost of a hit (plain: a call of a function that does nothing)",
     "sites": "Each site's call at real sizes, bf16, random weights (patched: a hit)",

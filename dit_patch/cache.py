@@ -32,6 +32,10 @@ class Entry:
         self.cache: Cache | None = None
         self.key: Hashable = None
 
+    def held(self) -> bool:
+        """Whether the entry is still in its cache."""
+        return self.cache is not None and self.cache.entries.get(self.key) is self
+
     def written(self) -> bool:
         """Whether somebody has written into a stored tensor since."""
         for tensor, version in self.tensors:
@@ -96,8 +100,9 @@ class Cache:
 
     def put(self, key: Hashable, entry: Entry) -> None:
         with self.budget.lock:
-            for dead in [old for old in self.entries.values() if not all(alive() for alive in old.alive)]:
-                self.drop(dead)
+            for old in list(self.entries.values()):  # oldest first: what depends on another comes after it
+                if not all(alive() for alive in old.alive):
+                    self.drop(old)
             old = self.entries.get(key)
             if old is not None:
                 self.drop(old)

@@ -33,17 +33,18 @@ class Uncacheable(Exception):
 
 
 class Pins:
-    """What the key of one call depends on: storages to follow, and contents to copy before they are stored."""
+    """What the key of one call depends on: storages to follow, and whatever else can answer whether it is still there."""
 
     def __init__(self) -> None:
         self.storages: list[StorageWeakRef] = []
+        self.others: list[Callable[[], bool]] = []
 
     def follow(self, tensor: torch.Tensor) -> None:
         self.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     @property
     def alive(self) -> list[Callable[[], bool]]:
-        return [lambda storage=storage: not storage.expired() for storage in self.storages]
+        return [*(lambda storage=storage: not storage.expired() for storage in self.storages), *self.others]
 
 
 class Content:

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import scope
-from .cache import Budget
+from .cache import Budget, Entry
 from .errors import SiteError, suggest
 from .keys import Argument, Pins, Uncacheable, ambient
 from .memo import Memo
@@ -110,6 +110,7 @@ class _Watch(TorchFunctionMode):
         self.span, self.around = span, around
         self.given = [value for value in arguments if isinstance(value, torch.Tensor)]
         self.known = {id(tensor): tensor for tensor in self.given}
+        self.made: dict[int, Entry] = {}
 
     def finish(self) -> None:
         self.__exit__(None, None, None)
@@ -130,8 +131,9 @@ class _Watch(TorchFunctionMode):
             memo.bypass(str(reason))
             return function(*args, **kwargs)
         result = memo.recall(key, step)
-        if key in memo.cache.entries and isinstance(result, torch.Tensor):
-            self.known[id(result)] = result
+        entry = memo.cache.entries.get(key)
+        if entry is not None and isinstance(result, torch.Tensor):
+            self.known[id(result)], self.made[id(result)] = result, entry
         return result
 
 
@@ -156,6 +158,8 @@ class _Step:
     def pins(self) -> Pins:
         pins = Pins()
         self.parts(pins)
+        # A view keeps the storage that it is keyed by, so it must go with the result that it is a view of.
+        pins.others = [self.watch.made[id(tensor)].held for tensor in self.stored() if id(tensor) in self.watch.made]
         return pins
 
     def signature(self) -> Hashable:

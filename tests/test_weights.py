@@ -1,0 +1,339 @@
+"""Weights and settings that change between two forwards with the very same inputs: what was cached before is not used."""
+
+import gc
+import zlib
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from peft import LoraConfig
+from torch.multiprocessing.reductions import StorageWeakRef
+
+TARGETS = {
+    "diffusers/wan": ["linear_1", "linear_2", "time_proj", "to_q", "to_k", "to_v"],
+    "diffusers/hunyuan_video": ["linear_1", "linear_2", "proj_in", "to_q", "to_k"],
+}
+"""With layers inside cached modules, and layers that are a cached module themselves."""
+
+
+def weights(tiny, kind):
+    """(twin, module) for each submodule that a site of that kind belongs to, in both models."""
+    for site in tiny.spec.sites:
+        if site.kind == kind and site.at.endswith(".forward"):
+            for model in tiny.both:
+                yield model, model.get_submodule(site.at.removesuffix(".forward"))
+
+
+def add_lora(tiny, name="style", seed=0):
+    for model in tiny.both:
+        model.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS[tiny.spec.name]), adapter_name=name)
+        for path, parameter in model.named_parameters():
+            if f".{name}." in path:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{path}{seed}".encode()))
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+                parameter.requires_grad_(False)
+        model.eval()
+
+
+def changed(tiny, calls, edit):
+    """Whether `edit`, done to both models, changes what comes out; that both still agree is asserted."""
+    with torch.no_grad():
+        before = tiny.plain(**calls[0])[0]
+        for model in tiny.both:
+            edit(model)
+        tiny.agree(calls)
+        return not torch.equal(before, tiny.plain(**calls[0])[0])
+
+
+@pytest.fixture
+def calls(each):
+    """Calls of a patched model that has cached all that there is to cache in them."""
+    calls = each.calls()
+    each.apply()
+    each.agree(calls)
+    hits = each.agree(calls)
+    assert hits["rope.forward"] == len(calls) and sum(hits.values()) > 3 * len(calls)
+    return calls
+
+
+class TestEdits:
+    @pytest.mark.parametrize("kind", ["timestep", "context"])
+    def test_in_place_under_no_grad(self, each, calls, kind):
+        with torch.no_grad():
+            for _, module in weights(each, kind):
+                for parameter in module.parameters():
+                    parameter.mul_(1.5)
+        each.agree(calls)
+        assert each.agree(calls)
+
+    @pytest.mark.parametrize("kind", ["timestep", "context"])
+    def test_new_parameters(self, each, calls, kind):
+        for _, module in weights(each, kind):
+            for owner in module.modules():
+                for name, parameter in list(owner._parameters.items()):
+                    if parameter is not None:
+                        setattr(owner, name, torch.nn.Parameter(parameter.detach() * 1.5))
+        each.agree(calls)
+        assert each.agree(calls)
+
+    @pytest.mark.parametrize("kind", ["timestep", "context"])
+    def test_new_data(self, each, calls, kind):
+        for _, module in weights(each, kind):
+            for parameter in module.parameters():
+                parameter.data = parameter.data * 1.5
+        each.agree(calls)
+        assert each.agree(calls)
+
+    def test_a_submodule_replaced_inside_a_site(self, each, calls):
+        def edit(model):
+            name = "condition_embedder" if each.spec.name == "diffusers/wan" else "time_text_embed"
+            old = getattr(model, name).text_embedder.linear_2
+            new = torch.nn.Linear(old.in_features, old.out_features)
+            new.load_state_dict({key: 2 * value for key, value in old.state_dict().items()})
+            getattr(model, name).text_embedder.linear_2 = new
+
+        assert changed(each, calls, edit)
+        assert each.agree(calls)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_state_dict_loaded(self, each, calls, assign):
+        state = {key: value * 1.25 for key, value in each.plain.state_dict().items()}
+        assert changed(each, calls, lambda model: model.load_state_dict(dict(state), assign=assign))
+        assert each.agree(calls)
+
+    def test_parameters_that_share_their_storage_with_a_flat_buffer(self, each, calls):
+        """As FSDP1 and some optimizers have them: written through the flat tensor."""
+        (plain, one), (ours, other) = [list(weights(each, "context"))[i] for i in (0, 1)]
+        assert plain is not ours
+        for module in (one, other):
+            names = [name for name, _ in module.named_parameters()]
+            flat = torch.cat([module.get_parameter(name).detach().flatten() for name in names])
+            start = 0
+            for name in names:
+                old = module.get_parameter(name)
+                old.data = flat[start : start + old.numel()].view(old.shape)
+                start += old.numel()
+            module.flat = [flat]
+        each.agree(calls)
+        assert each.agree(calls)
+
+
+class TestDtype:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_there_and_back(self, each, calls, dtype):
+        """Back in float32 the weights have other bits than before, under the same parameters and versions."""
+
+        def inputs(dtype):
+            return [
+                {name: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for name, x in each_call}
+                for each_call in (call.items() for call in calls)
+            ]
+
+        for model in each.both:
+            model.to(dtype)
+        cast = inputs(dtype)
+        each.agree(cast)
+        assert each.agree(cast)
+        for model in each.both:
+            model.to(torch.float32)
+        each.agree(calls)
+        assert each.agree(calls)["rope.forward"] == len(calls)
+
+    def test_buffers_alone(self, wan):
+        calls = wan.calls()
+        wan.apply()
+        wan.agree(calls)
+        assert changed(wan, calls, lambda model: model.rope.to(torch.bfloat16))
+        assert wan.agree(calls)["rope.forward"] == len(calls)
+
+
+class TestSettings:
+    def test_an_attribute_that_a_site_computes_with(self, hunyuan):
+        calls = hunyuan.calls()
+        hunyuan.apply()
+        hunyuan.agree(calls)
+
+        def another_theta(model):
+            model.rope.theta = 100.0
+
+        assert changed(hunyuan, calls, another_theta)
+        assert hunyuan.agree(calls)["rope.forward"] == len(calls)
+
+    def test_a_list_that_a_site_computes_with_changed_in_place(self, hunyuan):
+        calls = hunyuan.calls()
+        for model in hunyuan.both:
+            model.rope.rope_dim = list(model.rope.rope_dim)
+        hunyuan.apply()
+        hunyuan.agree(calls)
+
+        def other_dims(model):
+            model.rope.rope_dim[:] = [4, 2, 4]
+
+        assert changed(hunyuan, calls, other_dims)
+        assert hunyuan.agree(calls)["rope.forward"] == len(calls)
+
+    @pytest.mark.parametrize("precision", ["medium", "high"])
+    def test_the_precision_of_matrix_products(self, each, calls, precision):
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision(precision)
+            each.agree(calls)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        each.agree(calls)
+        assert each.agree(calls)
+
+
+class TestThePrompt:
+    def test_replaced_in_mid_run(self, each, calls):
+        others = each.calls(steps=4, generation=1)
+        mixed = [{**call, "encoder_hidden_states": other["encoder_hidden_states"]} for call, other in zip(calls, others)]
+        each.agree(mixed)
+        assert each.agree(calls)["rope.forward"] == len(calls)
+
+    def test_edited_in_place_in_mid_run(self, each, calls):
+        for call in calls[:2]:
+            call["encoder_hidden_states"].mul_(0.5)
+        each.agree(calls)
+        assert each.agree(calls)
+
+    def test_edited_in_place_through_a_view(self, each, calls):
+        for call in calls[:2]:
+            call["encoder_hidden_states"][:, 0].zero_()
+        each.agree(calls)
+
+    @pytest.mark.parametrize("name", ["timestep", "encoder_attention_mask", "pooled_projections", "guidance"])
+    def test_any_other_conditioning_edited_in_place(self, hunyuan, name):
+        calls = hunyuan.calls()
+        hunyuan.apply()
+        hunyuan.agree(calls)
+        assert hunyuan.agree(calls)
+        for tensor in {id(call[name]): call[name] for call in calls}.values():
+            tensor[..., -1] = 1 if name == "encoder_attention_mask" else tensor[..., -1] * 2 + 3
+        hunyuan.agree(calls)
+        assert hunyuan.agree(calls)
+
+    def test_freed_and_another_one_made_in_the_same_memory(self, each):
+        each.apply()
+        for generation in range(6):
+            each.agree(each.calls(steps=1, generation=generation))
+            gc.collect()
+        assert each.hits()["rope.forward"]
+
+    def test_tensors_of_inference_mode_are_never_mistaken(self, each):
+        with torch.inference_mode():
+            calls = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()} for call in each.calls()]
+        each.apply()
+        with torch.inference_mode():
+            each.agree(calls)
+            for call in calls:
+                call["encoder_hidden_states"].mul_(0.5)
+            each.agree(calls)
+        assert each.hits()["rope.forward"]
+
+
+class TestLora:
+    def test_loading_scaling_and_unloading(self, each, calls):
+        add_lora(each)
+        each.agree(calls)
+        scaled = [{**call, "attention_kwargs": {"scale": 0.5}} for call in calls]
+        each.agree([pair for both in zip(calls, scaled) for pair in both])
+        assert changed(each, calls, lambda model: model.set_adapters("style", 0.25))
+        assert changed(each, calls, lambda model: model.disable_adapters())
+        assert changed(each, calls, lambda model: model.enable_adapters())
+        assert each.agree(calls), "adapters in place do not keep sites from hitting"
+        assert changed(each, calls, lambda model: model.unload_lora())
+        assert each.agree(calls)
+
+    def test_one_of_two(self, each, calls):
+        add_lora(each, "style")
+        each.agree(calls)
+        add_lora(each, "motion", seed=1)
+        each.agree(calls)
+        assert changed(each, calls, lambda model: model.set_adapters("style"))
+        assert changed(each, calls, lambda model: model.set_adapters(["style", "motion"], [0.5, 2.0]))
+        assert changed(each, calls, lambda model: model.delete_adapters("style"))
+        assert each.agree(calls)
+
+    @pytest.mark.parametrize("forwards_between", [True, False])
+    def test_loaded_fused_unfused_and_unloaded(self, each, calls, forwards_between):
+        add_lora(each)
+        edits = [
+            lambda model: model.fuse_lora(),
+            lambda model: model.unfuse_lora(),
+            lambda model: model.fuse_lora(lora_scale=0.5, safe_fusing=True),
+            lambda model: model.unload_lora(),
+        ]
+        for edit in edits:
+            for model in each.both:
+                edit(model)
+            if forwards_between:
+                each.agree(calls)
+        each.agree(calls)
+        assert each.agree(calls)
+
+    def test_fused_and_unfused_by_the_pipeline(self, wan):
+        """`pipe.unfuse_lora` does not call the model's: it goes to the layers."""
+        calls = wan.calls()
+        pipes = [
+            WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer=model) for model in wan.both
+        ]
+        wan.apply()
+        add_lora(wan)
+        wan.agree(calls)
+        for step in ("fuse_lora", "unfuse_lora", "unload_lora_weights"):
+            for pipe in pipes:
+                getattr(pipe, step)(**({} if step.startswith("unload") else {"components": ["transformer"]}))
+            wan.agree(calls)
+            assert wan.agree(calls), step
+
+    def test_merged_by_the_layers_themselves(self, each, calls):
+        """As `peft` users do: every layer's `merge()` writes to its base layer through `.data`."""
+        add_lora(each)
+        each.agree(calls)
+        layers = {model: [module for module in model.modules() if hasattr(module, "unmerge")] for model in each.both}
+        assert layers[each.model]
+        for method in ("merge", "unmerge", "merge"):
+            for model in each.both:
+                for layer in layers[model]:
+                    getattr(layer, method)()
+            each.agree(calls)
+            assert each.agree(calls), method
+
+
+class TestMemory:
+    def test_old_weights_and_prompts_are_let_go(self, each):
+        each.apply()
+        calls = each.calls()
+        each.agree(calls)
+        tensors = [*each.model.parameters(), *each.model.buffers(), *(call["encoder_hidden_states"] for call in calls)]
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        del tensors, calls
+        for parameter in each.model.parameters():
+            parameter.data = parameter.data.clone()
+        for module in each.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.clone())
+        gc.collect()
+        assert [storage for storage in storages if not storage.expired()] == []
+
+    def test_prompts_that_come_and_go_leave_nothing_behind(self, each):
+        each.apply()
+        held = []
+        for generation in range(4):
+            each.agree(each.calls(steps=3, generation=generation))
+            held.append(each.handle.nbytes)
+        assert held[0] > 0 and held[3] <= held[1]
+
+    def test_an_unloaded_adapter_is_let_go_at_once(self, each, calls):
+        add_lora(each)
+        each.agree(calls)
+        storages = [
+            StorageWeakRef(parameter.untyped_storage())
+            for name, parameter in each.model.named_parameters()
+            if "lora_" in name
+        ]
+        for model in each.both:
+            model.unload_lora()
+        gc.collect()
+        assert [storage for storage in storages if not storage.expired()] == []
