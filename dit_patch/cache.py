@@ -7,7 +7,6 @@ made or results computed; it only notices when a stored tensor has been written 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ class Entry:
     cannot be hit any more.
     """
 
-    __slots__ = ("alive", "cache", "checked", "key", "kept", "nbytes", "remake", "tensors", "value")
+    __slots__ = ("alive", "cache", "checked", "key", "kept", "nbytes", "remake", "tensors", "touched", "value")
 
     def __init__(self, value: Any, tensors: list[torch.Tensor], nbytes: int, alive: list[Callable[[], bool]]) -> None:
         self.value, self.nbytes, self.alive = value, nbytes, alive
@@ -29,6 +28,7 @@ class Entry:
         self.remake = _remake(value)
         self.checked = False
         self.kept = False
+        self.touched = 0
         self.cache: Cache | None = None
         self.key: Hashable = None
 
@@ -55,23 +55,28 @@ class Budget:
         self.max_bytes = max_bytes
         self.used = 0
         self.lock = threading.RLock()
-        self.order: OrderedDict[Entry, None] = OrderedDict()
+        self.clock = 0
+        self.entries: set[Entry] = set()
 
     def fits(self, nbytes: int) -> bool:
         return nbytes <= self.max_bytes
 
     def add(self, entry: Entry) -> None:
-        self.order[entry] = None
+        """Take the entry in, at the expense of those that have not been hit for longest."""
+        self.entries.add(entry)
         self.used += entry.nbytes
+        self.clock = entry.touched = self.clock + 1
         if self.used > self.max_bytes:
-            for old in [old for old in self.order if not old.kept and old is not entry]:
-                old.cache.drop(old)
-                old.cache.evictions += 1
+            for old in sorted(self.entries - {entry}, key=lambda each: each.touched):
+                if not old.kept:
+                    old.cache.drop(old)
+                    old.cache.evictions += 1
                 if self.used <= self.max_bytes:
                     break
 
     def discard(self, entry: Entry) -> None:
-        if self.order.pop(entry, self) is None:
+        if entry in self.entries:
+            self.entries.remove(entry)
             self.used -= entry.nbytes
 
 
@@ -86,12 +91,11 @@ class Cache:
         self.evictions = 0
 
     def hit(self, entry: Entry) -> None:
-        """Count a hit, and put the entry last in the order in which room is made."""
+        """Count a hit, and make the entry the last to be given up."""
         budget = self.budget
         with budget.lock:
             self.hits += 1
-            if entry in budget.order:
-                budget.order.move_to_end(entry)
+            budget.clock = entry.touched = budget.clock + 1
 
     def miss(self) -> None:
         """Count a miss."""

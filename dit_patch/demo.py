@@ -71,7 +71,7 @@ class Difference:
 def run(
     out: Path,
     *,
-    steps: int = 10,
+    steps: int = 8,
     seed: int = 0,
     size: tuple[int, int, int] = SIZE,
     apply: Callable[[Any], Any] | None = None,

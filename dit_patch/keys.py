@@ -243,12 +243,13 @@ class State:
 
     Parameters and buffers (which object, which storage, which version), LoRA scaling and adapters, and the modules' own
     plain attributes (theta, patch size, `training` ...). What is written through `.data` leaves no version behind and is
-    not seen.
+    not seen, except by a LoRA adapter: one put around a module of `root` counts with it, for it can be merged into it.
     """
 
-    def __init__(self, modules: Iterable[torch.nn.Module], *, subtree: bool = True) -> None:
+    def __init__(self, modules: Iterable[torch.nn.Module], root: torch.nn.Module, *, subtree: bool = True) -> None:
         self.modules = tuple(modules)
         self.subtree = subtree
+        self._places = [_place(root, module) for module in self.modules]
         self._attributes = [(vars(module), _reader(module)) for module in self.modules]
         self._lock = threading.Lock()
         self._known = _Known()
@@ -276,11 +277,17 @@ class State:
                 found += [tensor for tensor in (*each._parameters.values(), *each._buffers.values()) if tensor is not None]
         return found
 
+    def forget(self) -> None:
+        """Let go of the modules that were there at the last look; results before the next look are of another epoch."""
+        with self._lock:
+            self._known = _Known(self._known.epoch)
+
     def _renew(self) -> _Known:
         with self._lock:
-            modules = [each for module in self.modules for each in (module.modules() if self.subtree else (module,))]
+            tops = [_around(module, place) for module, place in zip(self.modules, self._places)]
+            modules = [each for module in tops for each in (module.modules() if self.subtree else (module,))]
             owns = [module.__dict__ for module in modules]
-            below = [own for module, own in zip(modules, owns) if not any(module is top for top in self.modules)]
+            below = [own for module, own in zip(modules, owns) if not any(module is top for top in (*tops, *self.modules))]
             groups = [own[kind] for own in owns for kind in ("_parameters", "_buffers")]
             tensors = [(group, name, tensor) for group in groups for name, tensor in group.items() if tensor is not None]
             weighted = any(isinstance(tensor, torch.nn.Parameter) for _, _, tensor in tensors)
@@ -298,13 +305,14 @@ class State:
                 epoch=self._known.epoch + 1,
                 refusal=refusal,
                 weighted=weighted,
-                attributes=[(values, read, read(values)) for values, read in self._attributes],
+                attributes=[(values, read, _copied(read(values))) for values, read in self._attributes],
                 tensors=[record for record in records if record[-1] is not None],
                 unversioned=[record[:-1] for record in records if record[-1] is None],
-                sizes=[(own[kind], len(own[kind])) for own in owns for kind in ("_parameters", "_buffers", "_modules")],
+                sizes=[(group, len(group)) for group in (*groups, *(own["_modules"] for own in owns)) if group],
                 children=[(own["_modules"], tuple(own["_modules"].values())) for own in owns if own["_modules"]],
                 hooks=hooks,
                 adapters=[(own, _adapters(own)) for own in owns if "merged_adapters" in own],
+                places=[(*place, place[0].get(place[1])) for place in self._places if place is not None],
                 numerics=numerics(),
                 storages=pins.storages,
             )
@@ -335,6 +343,7 @@ class _Known(NamedTuple):
     children: Sequence = ()
     hooks: Sequence = ()
     adapters: Sequence = ()
+    places: Sequence = ()
     numerics: Hashable = None
     storages: Sequence = ()
 
@@ -363,19 +372,39 @@ def _holds(known: _Known) -> bool:
         for child, expected in zip(group.values(), children):
             if child is not expected:
                 return False
+    for group, name, expected in known.places:
+        if group.get(name) is not expected:
+            return False
     for layer, adapters in known.adapters:
         if _adapters(layer) != adapters:
             return False
     return not any(known.hooks) and numerics() == known.numerics
 
 
-def _reader(module: torch.nn.Module) -> Callable[[dict], Hashable]:
-    """A function that takes the values of a module's plain attributes out of its `vars`, lists as tuples."""
-    plain = {name: value for name, value in vars(module).items() if not name.startswith("_") and _plain(value)}
-    scalars = [name for name, value in plain.items() if type(value) is not list]
-    lists = [name for name in plain if name not in scalars]
-    read = itemgetter(*scalars)  # `training` is always among them
-    return (lambda values: (read(values), *[tuple(values[name]) for name in lists])) if lists else read
+def _place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:
+    """Where the module stands in the tree of `root`: its parent's children, and its name among them."""
+    for parent in root.modules():
+        for name, child in parent._modules.items():
+            if child is module:
+                return parent._modules, name
+    return None
+
+
+def _around(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.nn.Module:
+    """What stands in the module's place now, if the module is inside it, as in a LoRA layer; else the module itself."""
+    now = None if place is None else place[0].get(place[1])
+    return now if now is not None and any(each is module for each in now.modules()) else module
+
+
+def _reader(module: torch.nn.Module) -> Callable[[dict], tuple]:
+    """A function that takes the values of a module's plain attributes (`training` is always one) out of its `vars`."""
+    names = [name for name, value in vars(module).items() if not name.startswith("_") and _plain(value)]
+    return itemgetter(*names, "training")
+
+
+def _copied(values: tuple) -> tuple:
+    # A list may be changed in place, and would still equal itself.
+    return tuple(list(value) if type(value) is list else value for value in values)
 
 
 def _plain(value: Any) -> bool:

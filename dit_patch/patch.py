@@ -59,7 +59,7 @@ class Patch:
         self.plan = Plan(self.parameters, site.key, where)
         self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device"))
         self._everywhere = not isinstance(owner, torch.nn.Module)
-        self._state = None if self._everywhere else State([owner, *reads], subtree=owner is not model)
+        self._state = None if self._everywhere else State([owner, *reads], model, subtree=owner is not model)
         self._epoch = 0
         self._unused = site.unused
         self._unkeyed = replacement is not None and not site.key
@@ -93,6 +93,8 @@ class Patch:
     def clear(self) -> None:
         self.memo.cache.clear()
         self._stand_ins = {}
+        if self._state is not None:
+            self._state.forget()
 
     @property
     def displaced(self) -> bool:

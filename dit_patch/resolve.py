@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import SiteError, suggest
+from .errors import SiteError, UnsupportedModelError, quote, suggest
 
 
 def models(target: Any) -> dict[str, torch.nn.Module]:
@@ -22,7 +22,7 @@ def models(target: Any) -> dict[str, torch.nn.Module]:
     Wrappers are seen through, see `unwrap`. A module that stands under two names is listed under the first.
 
     Raises:
-        TypeError: if `target` is neither.
+        UnsupportedModelError: if `target` is neither.
     """
     if isinstance(target, torch.nn.Module):
         return {"model": unwrap(target)}
@@ -30,7 +30,9 @@ def models(target: Any) -> dict[str, torch.nn.Module]:
     if not isinstance(parts, Mapping):
         parts = getattr(target, "modules", None)
     if not isinstance(parts, Mapping):
-        raise TypeError(f"expected a pipeline or a torch.nn.Module, got a {type(target).__qualname__}")
+        raise UnsupportedModelError(
+            f"expected a pipeline or a torch.nn.Module, got {quote(repr(target))} ({type(target).__qualname__})"
+        )
     found: dict[str, torch.nn.Module] = {}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module) and not any(unwrap(part) is other for other in found.values()):

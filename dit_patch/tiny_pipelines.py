@@ -47,9 +47,9 @@ def wan22_pipeline(seed: int = 0, boundary_ratio: float = 0.875, **transformer_c
 def hunyuan_video_pipeline(seed: int = 0, **transformer_config):
     """A `HunyuanVideoPipeline` with embedded guidance: 16 latent channels, 8x smaller in space and 4x in time.
 
-    `transformer_config` overrides arguments of `HunyuanVideoTransformer3DModel`: 3 double and 5 single blocks of 8 heads
-    with 32 channels. The tokenizer splits the start of the pipeline's prompt template, as the released one does, into
-    exactly the 95 tokens that the pipeline crops.
+    `transformer_config` overrides arguments of `HunyuanVideoTransformer3DModel`: 3 double and 5 single blocks of 8
+    heads with 32 channels. The tokenizer splits the start of the pipeline's prompt template, as the released one does,
+    into exactly the 95 tokens that the pipeline crops.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 

@@ -20,6 +20,7 @@ import wrapt
 
 _lock = threading.RLock()
 _is_compiling = torch.compiler.is_compiling
+_DEEPEST = 64  # other libraries' layers may have been left in a circle
 
 
 class Wrapped(wrapt.FunctionWrapper):
@@ -31,7 +32,8 @@ class Wrapped(wrapt.FunctionWrapper):
     def __init__(self, wrapped: Callable, wrapper: Callable, *, own: bool) -> None:
         super().__init__(wrapped, wrapper)
         self._self_own = own  # the owner held the attribute itself, rather than inheriting it from its class
-        self._self_awake = True
+        # All that a call needs in one attribute, since reading one through wrapt's proxy takes its time; None: asleep.
+        self._self_call: Callable | None = functools.partial(wrapper, wrapped, None)
         self._self_home: tuple[Any, str] | None = None
 
     @property
@@ -40,9 +42,10 @@ class Wrapped(wrapt.FunctionWrapper):
         return Wrapped
 
     def __call__(self, *args, **kwargs):
-        if self._self_awake and not _is_compiling():
-            return self._self_wrapper(self.__wrapped__, None, args, kwargs)
-        if not self._self_awake and not _is_compiling():
+        call = self._self_call
+        if call is not None and not _is_compiling():
+            return call(args, kwargs)
+        if call is None and not _is_compiling():
             _settle(self)
         return self.__wrapped__(*args, **kwargs)
 
@@ -76,7 +79,7 @@ def installed(wrapped: Wrapped) -> bool:
     """Whether a call of the attribute still reaches the layer, as far as can be seen from the outside."""
     owner, name = wrapped._self_home
     with _lock:
-        return _find(owner, name, wrapped) is not None or _reaches(vars(owner).get(name), wrapped)
+        return _find(owner, name, wrapped) is not None or _hidden(wrapped)
 
 
 def remove(wrapped: Wrapped) -> bool:
@@ -85,8 +88,8 @@ def remove(wrapped: Wrapped) -> bool:
     A sleeping layer passes every call through, and takes itself away at the first call that finds it on top again.
     """
     with _lock:
-        wrapped._self_awake = False
-        return _settle(wrapped) or not _reaches(vars(wrapped._self_home[0]).get(wrapped._self_home[1]), wrapped)
+        wrapped._self_call = None
+        return _settle(wrapped) or not _hidden(wrapped)
 
 
 def _settle(wrapped: Wrapped) -> bool:
@@ -97,7 +100,10 @@ def _settle(wrapped: Wrapped) -> bool:
             return False
         holder, attribute, above = place
         if above is not None:
-            above.__wrapped__, above._self_own = wrapped.__wrapped__, wrapped._self_own
+            above._self_own = wrapped._self_own
+            above.__wrapped__ = wrapped.__wrapped__
+            if above._self_call is not None:
+                above._self_call = functools.partial(above._self_wrapper, above.__wrapped__, None)
         elif holder is owner and attribute == name and not wrapped._self_own:
             delattr(owner, name)
         else:
@@ -124,7 +130,7 @@ def _innermost(owner: Any, name: str) -> tuple[Any, str]:
 def _slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
     """The attributes that hold a callable on its way in, outermost first: `owner.name`, then what hooks have saved."""
     holder, attribute = owner, name
-    while True:
+    for _ in range(_DEEPEST):
         yield holder, attribute
         value = vars(holder).get(attribute)
         while type(value) is Wrapped:
@@ -151,12 +157,14 @@ def _saved_by_hook(module: Any, value: Any) -> tuple[Any, str] | None:
     return None
 
 
-def _reaches(value: Any, wrapped: Wrapped) -> bool:
-    """Whether `wrapped` is somewhere below `value`, going by the `__wrapped__` convention."""
-    for _ in range(64):
-        if value is wrapped:
-            return True
-        value = getattr(value, "__wrapped__", None)
-        if value is None:
-            return False
-    return False
+def _hidden(wrapped: Wrapped) -> bool:
+    """Whether the layer is somewhere inside another library's wrapper, going by the `__wrapped__` convention."""
+    owner, name = wrapped._self_home
+    value = vars(owner).get(name)
+    for _ in range(_DEEPEST):
+        if value is None or value is wrapped:
+            break
+        # A hook's `__wrapped__` is what it found when it was added, not what it calls now.
+        below = _saved_by_hook(owner, value)
+        value = getattr(value, "__wrapped__", None) if below is None else vars(below[0]).get(below[1])
+    return value is wrapped

@@ -166,6 +166,8 @@ def test_a_seed_names_the_weights():
 
 
 def test_the_demo_is_identical_with_the_real_patches(tmp_path, capsys):
+    pytest.importorskip("diffusers", minversion="0.36", reason="diffusers/wan requires it")
+
     code = demo.run(tmp_path / "out", steps=2, size=SIZE)
 
     printed = capsys.readouterr().out

@@ -116,7 +116,10 @@ class Removal(RuleBasedStateMachine):
         self.solid = set()
         self.accelerate = None
         self.names = []
+        self.replacing, self.ousted = set(), set()
         self.number = 0
+        self.bypassed = False  # accelerate's hook is on, and another library has taken it out of the way of the calls
+        self.mixed = False  # a closure has gone from between hooks: what each of them will put back is anybody's guess
         self.broken = False
 
     def both(self, operation, *args):
@@ -128,8 +131,8 @@ class Removal(RuleBasedStateMachine):
         return self.number
 
     def taken_away(self):
-        """A foreign layer goes that may drop what is stacked on it: layers of ours may go with a closure."""
-        if self.patched.closures:
+        """A foreign layer goes; where that puts back what it once found, layers of ours that came later are dropped."""
+        if self.patched.closures or self.bypassed or self.mixed:
             self.solid.clear()
 
     @precondition(lambda self: len(self.ours) < 3)
@@ -160,7 +163,7 @@ class Removal(RuleBasedStateMachine):
     def accelerate_goes(self):
         self.taken_away()
         self.both("remove_accelerate")
-        self.accelerate = None
+        self.accelerate, self.bypassed = None, False
 
     @precondition(lambda self: len(self.names) < 3)
     @rule(replaces=st.booleans())
@@ -168,15 +171,22 @@ class Removal(RuleBasedStateMachine):
         name = f"hook {self.fresh()}"
         self.both("add_diffusers", name, replaces)
         self.names.append(name)
+        if replaces:
+            self.replacing.add(name)
 
     @precondition(lambda self: self.names)
     @rule(data=st.data())
     def diffusers_goes(self, data):
         name = data.draw(st.sampled_from(self.names))
         self.taken_away()
+        if name in self.ousted:
+            self.solid.clear()
+        # Diffusers takes a hook's `new_forward` out of the way when the hook below goes, and puts it back at its own end.
+        self.ousted |= self.replacing & set(self.names[self.names.index(name) + 1 :][:1])
         self.both("remove_diffusers", name)
         if self.accelerate is not None and self.names.index(name) < self.accelerate:
             self.accelerate -= 1
+            self.bypassed = True
         self.names.remove(name)
 
     @precondition(lambda self: self.closures_too and len(self.patched.closures) < 2)
@@ -188,6 +198,7 @@ class Removal(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_closure_goes(self, data):
         self.taken_away()
+        self.mixed = self.mixed or self.accelerate is not None or bool(self.names)
         self.both("remove_closure", data.draw(st.sampled_from(sorted(self.patched.closures))))
 
     @invariant()
@@ -221,7 +232,7 @@ class Removal(RuleBasedStateMachine):
         for layer in self.ours.values():
             wrapped.remove(layer)
         for layer in [*self.gone, *self.ours.values()]:
-            assert wrapped.remove(layer)
+            assert wrapped.remove(layer) or not self.plain.bound()
         assert self.patched.call() == plain
         self.nothing_is_left()
 
@@ -245,9 +256,9 @@ class RemovalWithClosures(Removal):
 
 BOUNDED = settings(
     deadline=None,
-    max_examples=150,
+    max_examples=1500,
     stateful_step_count=25,
-    derandomize=True,
+    derandomize=False,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -113,7 +113,9 @@ def lora(model):
 
 def scaled(model):
     lora(model)
-    model.set_adapters(["default"], [0.3])
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.3)
 
 
 def fused(model):

@@ -1,0 +1,317 @@
+"""An accelerator for machines that have none: device `accel:0`, whose tensors lie in CPU memory under another device type.
+
+    with Accelerator() as accelerator:
+        model.to(DEVICE)
+        model(x.to(DEVICE))
+        print(accelerator)  # 1 copy to the device (96 bytes), 0 back, 0 syncs, 212 operations
+
+Numbers are those of the CPU kernels. What costs time on a real device is counted: copies to it and from it, syncs, and
+operations; what a real device refuses (tensors of two devices in one operation) is refused. Speed, streams, memory and
+the bits of other kernels are not simulated. Knows nothing of dit_patch but the tensor types that it takes for plain.
+
+Torch learns the device's name at the first use, for the rest of the process; everything else holds inside the `with`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_patch.keys import PLAIN
+
+NAME = "accel"
+DEVICE = f"{NAME}:0"
+SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # torch >= 2.10
+
+_CPU = torch.device("cpu")
+_INTERNAL = (str(Path(torch.__file__).parent), __file__)
+_SYNCS = frozenset(
+    "_local_scalar_dense equal allclose nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave".split()
+)
+_INDEXING = frozenset("index index_put index_put_ _index_put_impl_".split())
+_MAY_CROSS = _INDEXING | {"copy_", "_to_copy"}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One copy between host and device, and the line (`package/file.py:12`) that asked for it."""
+
+    to_device: bool
+    nbytes: int
+    line: str
+
+
+@dataclass(frozen=True)
+class Sync:
+    """One wait of the host for the device: which operation (or `tolist`), and the line that asked for it."""
+
+    operation: str
+    line: str
+
+
+@dataclass
+class Counts:
+    """What an accelerator did over some time; `operations` are those that ran on it, views included, by name."""
+
+    copies: list[Copy] = field(default_factory=list)
+    syncs: list[Sync] = field(default_factory=list)
+    operations: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def uploads(self) -> list[Copy]:
+        return [copy for copy in self.copies if copy.to_device]
+
+    @property
+    def downloads(self) -> list[Copy]:
+        return [copy for copy in self.copies if not copy.to_device]
+
+    def __str__(self) -> str:
+        nbytes = sum(copy.nbytes for copy in self.uploads)
+        uploads = f"{len(self.uploads)} {'copy' if len(self.uploads) == 1 else 'copies'} to the device ({nbytes} bytes)"
+        return f"{uploads}, {len(self.downloads)} back, {len(self.syncs)} syncs, {self.operations.total()} operations"
+
+
+class Accelerator(TorchDispatchMode):
+    """The device, while it is there. `copies`, `syncs` and `operations` are counted since `take` was last called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    copies = property(lambda self: self.counts.copies)
+    syncs = property(lambda self: self.counts.syncs)
+    operations = property(lambda self: self.counts.operations)
+
+    def take(self) -> Counts:
+        """What was counted so far; counting starts again from nothing."""
+        taken, self.counts = self.counts, Counts()
+        return taken
+
+    def __str__(self) -> str:
+        return str(self.counts)
+
+    def __enter__(self) -> Accelerator:
+        if _state.active is not None:
+            raise RuntimeError("there is one accelerator, and it is in use")
+        _register()
+        _state.active = self
+        PLAIN.add(AcceleratorTensor)
+        # Like `.data =` from CPU to CUDA: a module that moves keeps its parameters, with other storages.
+        self._swaps = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        # torch.tensor(..., device=) makes a CPU tensor and copies that, where it would have asked for device memory.
+        self._lifts = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        # An operation of the device's own, so that it is not taken apart into others, whose results have other strides.
+        self._kernels = torch.library.Library("aten", "IMPL")
+        self._kernels.impl("scaled_dot_product_attention", _never_reached, "PrivateUse1")
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._kernels._destroy()
+        torch._C._set_only_lift_cpu_tensors(self._lifts)
+        torch.__future__.set_swap_module_params_on_conversion(self._swaps)
+        PLAIN.discard(AcceleratorTensor)
+        _state.active = None
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = list(_tensors_in((*args, *kwargs.values())))
+        ours = [tensor for tensor in tensors if type(tensor) is AcceleratorTensor]
+        device = kwargs.get("device")
+        on_device = bool(ours) if device is None else device.type == NAME
+        if not ours and not on_device:
+            return operation(*args, **kwargs)
+        name = operation._schema.name.removeprefix("aten::")
+        if ours and name not in _MAY_CROSS and any(tensor.dim() for tensor in tensors if tensor.device == _CPU):
+            shapes = ", ".join(f"{tensor.device} {tuple(tensor.shape)}" for tensor in tensors)
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {shapes}")
+        self._count(name, args, kwargs, on_device)
+        result = operation(*_map(_as_the_cpu_sees_it, args), **_map(_as_the_cpu_sees_it, kwargs))
+        if name == "copy_" and type(tensors[0]) is not AcceleratorTensor or not on_device:
+            return result
+        written = {id(tensor.inner): tensor for tensor in ours}
+        return _map(lambda value: _as_the_device_sees_it(value, written), result)
+
+    def _count(self, name: str, args: tuple, kwargs: dict, on_device: bool) -> None:
+        self.operations[name] += 1
+        if name == "_to_copy":
+            self._crossing(args[0], on_device)
+        elif name == "copy_":
+            self._crossing(args[1], type(args[0]) is AcceleratorTensor)
+        elif name in _INDEXING:
+            indices = [index for index in args[1] if index is not None]
+            for index in indices:
+                self._crossing(index, type(args[0]) is AcceleratorTensor)
+            # Filling with one value under a mask needs no list of positions.
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and (
+                name == "index" or args[2].numel() != 1
+            ):
+                self.wait(f"{name} by a mask")
+        elif name in _SYNCS and kwargs.get("output_size") is None:
+            self.wait(name)
+
+    def _crossing(self, source: torch.Tensor, to_device: bool) -> None:
+        if (type(source) is AcceleratorTensor) != to_device:
+            self.copies.append(Copy(to_device, source.numel() * source.element_size(), _asking_line()))
+
+    def wait(self, operation: str) -> None:
+        """Count a sync."""
+        self.syncs.append(Sync(operation, _asking_line()))
+
+
+class AcceleratorTensor(torch.Tensor):
+    """A tensor on the device. `inner` is the CPU tensor that holds its numbers.
+
+    Views share their base's version counter, as torch gives it to views of any tensor, and `untyped_storage()` is that
+    of the numbers: what holds of a tensor's identity elsewhere holds here.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> AcceleratorTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device(DEVICE),
+        )
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        raise RuntimeError(f"{operation} on a tensor of the simulated accelerator, outside of `with Accelerator():`")
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> Any:
+        if _state.active is not None:
+            _state.active.wait("tolist")
+        return self.inner.tolist()
+
+    def numpy(self, **options: Any):
+        raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def _set_data(self, data: AcceleratorTensor) -> None:
+        torch.Tensor.data.__set__(self, data)
+        self.inner = data.inner
+
+    data = property(torch.Tensor.data.__get__, _set_data)
+
+    def __repr__(self, **options: Any) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+
+def to_accelerator(model: torch.nn.Module) -> torch.nn.Module:
+    """Move parameters and buffers there; the parameters stay the same objects. Tensors in plain attributes stay behind."""
+    return model.to(DEVICE)
+
+
+def to_cpu(model: torch.nn.Module) -> torch.nn.Module:
+    """The way back, which has to be taken inside the `with` too."""
+    return model.to("cpu")
+
+
+def numbers(value: Any) -> Any:
+    """`value` with the numbers of its tensors on the device as CPU tensors; counts as nothing."""
+    return _map(lambda item: item.inner if type(item) is AcceleratorTensor else item, value)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` applied to what its tuples, lists and dicts hold; several times as fast as a pytree's map."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_map(function, item) for item in value])
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    return function(value)
+
+
+def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors_in(value)
+
+
+def _as_the_cpu_sees_it(value: Any) -> Any:
+    if type(value) is AcceleratorTensor:
+        return value.inner
+    return _CPU if isinstance(value, torch.device) and value.type == NAME else value
+
+
+def _as_the_device_sees_it(value: Any, written: dict[int, AcceleratorTensor]) -> Any:
+    """A CPU result as a tensor of the device: the very argument that was written into, where that is the result."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    tensor = written.get(id(value))
+    if tensor is None:
+        # A conjugate view carries a flag that the wrapper would not have.
+        return AcceleratorTensor(value.resolve_conj().resolve_neg())
+    if tensor.shape != value.shape or tensor.stride() != value.stride():
+        raise NotImplementedError("a change of a tensor's shape in place is not simulated")
+    return tensor
+
+
+def _asking_line() -> str:
+    for frame in _frames():
+        if not frame.f_code.co_filename.startswith(_INTERNAL):
+            return f"{frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno}"
+    return "unknown"
+
+
+def _frames() -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+class _State:
+    active: Accelerator | None = None
+    registered = False
+
+
+_state = _State()
+
+
+def _register() -> None:
+    """Tell torch of the device, which answers as available only while an `Accelerator` is active."""
+    if _state.registered:
+        return
+
+    class Module(backend_registration._DummyBackendModule):
+        def is_available(self) -> bool:
+            return _state.active is not None
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+    class Hook(backend_registration._DummyPrivateUse1Hook):
+        def is_available(self) -> bool:
+            return _state.active is not None
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module(), Hook())
+    _state.registered = True
+
+
+def _never_reached(*args: Any, **kwargs: Any):
+    raise AssertionError("the accelerator's kernels are the CPU's, called by the dispatch mode")
