@@ -1,4 +1,4 @@
-"""An accelerator for machines that have none: device `accel:0`, whose tensors lie in CPU memory under another device type.
+"""An accelerator for machines that have none: device `accel:0`, whose tensors are CPU tensors under another name.
 
     with Accelerator() as accelerator:
         model.to(DEVICE)
@@ -33,11 +33,11 @@ SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backe
 
 _CPU = torch.device("cpu")
 _INTERNAL = (str(Path(torch.__file__).parent), __file__)
-_SYNCS = frozenset(
-    "_local_scalar_dense equal allclose nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave".split()
-)
-_INDEXING = frozenset("index index_put index_put_ _index_put_impl_".split())
-_MAY_CROSS = _INDEXING | {"copy_", "_to_copy"}
+# Those that return what the host reads, or a shape that depends on what the tensor holds.
+_SYNCS = {"_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "repeat_interleave"}
+_SYNCS |= {"_unique2", "unique_dim", "unique_consecutive"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_COPYING = {"copy_", "_to_copy"}
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,11 @@ class Accelerator(TorchDispatchMode):
         if not ours and not on_device:
             return operation(*args, **kwargs)
         name = operation._schema.name.removeprefix("aten::")
-        if ours and name not in _MAY_CROSS and any(tensor.dim() for tensor in tensors if tensor.device == _CPU):
-            shapes = ", ".join(f"{tensor.device} {tuple(tensor.shape)}" for tensor in tensors)
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {shapes}")
+        if ours and name not in _COPYING:
+            _refuse_strangers(name, args, tensors)
         self._count(name, args, kwargs, on_device)
         result = operation(*_map(_as_the_cpu_sees_it, args), **_map(_as_the_cpu_sees_it, kwargs))
-        if name == "copy_" and type(tensors[0]) is not AcceleratorTensor or not on_device:
+        if not on_device or result is tensors[0]:  # The latter: written into a CPU tensor.
             return result
         written = {id(tensor.inner): tensor for tensor in ours}
         return _map(lambda value: _as_the_device_sees_it(value, written), result)
@@ -221,7 +220,7 @@ class AcceleratorTensor(torch.Tensor):
 
 
 def to_accelerator(model: torch.nn.Module) -> torch.nn.Module:
-    """Move parameters and buffers there; the parameters stay the same objects. Tensors in plain attributes stay behind."""
+    """Move parameters, which stay the same objects, and buffers there. Tensors in plain attributes stay behind."""
     return model.to(DEVICE)
 
 
@@ -236,9 +235,9 @@ def numbers(value: Any) -> Any:
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `function` applied to what its tuples, lists and dicts hold; several times as fast as a pytree's map."""
+    """`value` with `function` applied to what its tuples, lists and dicts hold. Torch's `tree_map` takes thrice as long."""
     if isinstance(value, (tuple, list)):
-        return type(value)([_map(function, item) for item in value])
+        return (list if isinstance(value, list) else tuple)([_map(function, item) for item in value])
     if isinstance(value, dict):
         return {key: _map(function, item) for key, item in value.items()}
     return function(value)
@@ -250,6 +249,16 @@ def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors_in(value)
+
+
+def _refuse_strangers(name: str, args: tuple, tensors: list[torch.Tensor]) -> None:
+    """Of CPU tensors, an operation on the device takes those of one number, and positions to index with."""
+    strangers = [tensor for tensor in tensors if tensor.dim() and type(tensor) is not AcceleratorTensor]
+    if name in _INDEXING and type(args[0]) is AcceleratorTensor:
+        strangers = [tensor for tensor in strangers if not any(tensor is index for index in args[1])]
+    if strangers:
+        found = ", ".join(f"{tensor.device} {tuple(tensor.shape)}" for tensor in tensors)
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {found}")
 
 
 def _as_the_cpu_sees_it(value: Any) -> Any:

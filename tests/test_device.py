@@ -67,8 +67,8 @@ def assert_equal(ours, theirs, device):
     assert verify.first_difference(numbers(ours), numbers(theirs)) is None
 
 
-def assert_hits(handle, before=Counter()):  # noqa: B008
-    """Each site that was called has hit since, and none was passed over; the hits so far."""
+def assert_hits(handle, before: Counter[str]) -> Counter[str]:
+    """Each site that was ever called has more hits than before, and none was passed over; the hits so far."""
     rows = handle.stats()
     hits = Counter({row.at: row.hits for row in rows})
     called = {row.at for row in rows if row.hits + row.misses}
@@ -81,24 +81,23 @@ def assert_hits(handle, before=Counter()):  # noqa: B008
 # Every bundled spec.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name, variant", CASES)
-def test_patched_equals_unpatched_on_the_accelerator(accelerator, build, name, variant, dtype):
-    each = build(name, variant, dtype=dtype)
+def test_patched_equals_unpatched_on_the_accelerator(accelerator, build, name, variant):
+    each = build(name, variant, dtype=torch.bfloat16)  # float32 is in the next test
     for model in each.both:
         to_accelerator(model)
     handle = each.apply()
     calls = [call for size in range(2) for call in each.calls(STEPS, size, device=DEVICE)]
     assert_equal(verify.run(each.model, calls), verify.run(each.plain, calls), DEVICE)
-    assert_hits(handle)
+    assert_hits(handle, Counter())
 
 
 @pytest.mark.parametrize("name, variant", CASES)
 def test_a_model_may_move_to_the_accelerator_and_back_under_one_handle(accelerator, build, name, variant):
     each = build(name, variant)
-    on_cpu, on_accelerator = each.calls(STEPS), each.calls(STEPS, device=DEVICE)
+    here, there = (to_cpu, each.calls(STEPS), "cpu"), (to_accelerator, each.calls(STEPS, device=DEVICE), DEVICE)
     handle, hits = each.apply(), Counter()
-    for move, calls, device in (to_cpu, on_cpu, "cpu"), (to_accelerator, on_accelerator, DEVICE), (to_cpu, on_cpu, "cpu"):
+    for move, calls, device in (here, there, here):
         for model in each.both:
             move(model)
         assert_equal(verify.run(each.model, calls), verify.run(each.plain, calls), device)
@@ -111,7 +110,6 @@ def test_a_warm_step_asks_less_of_the_device(accelerator, build, monkeypatch, na
     for model in each.both:
         to_accelerator(model)
     calls = each.calls(STEPS, device=DEVICE)
-    plain, patched = [], []
     verify.run(each.plain, calls[:-2])
     accelerator.take()
     verify.run(each.plain, calls[-2:])
@@ -137,7 +135,7 @@ def waits(counts: Counts) -> Counter:
 
 
 def count_in_sites(monkeypatch, accelerator) -> Counts:
-    """From now on, what the device is asked for by code whose results dit_patch keeps; otherwise it counts as before."""
+    """What the device is asked for, from now on, by code whose results dit_patch keeps; it still counts as before."""
     compute, found = Memo._compute, Counts()
 
     def counted(memo, call):
@@ -245,7 +243,7 @@ def test_wans_own_pipeline_runs_on_the_accelerator_with_the_same_latents_and_few
     handle = each.apply()
     (ours, patched), (theirs, plain) = map(generate, each.both)
     assert_equal([[ours]], [[theirs]], DEVICE)
-    assert_hits(handle)
+    assert_hits(handle, Counter())
     (ours, patched), (theirs, plain) = map(generate, each.both)
     assert patched.operations.total() < plain.operations.total(), f"\n  unpatched: {plain}\n  patched:   {patched}"
     assert waits(patched) == waits(plain)
@@ -337,7 +335,8 @@ def test_views_are_known_by_their_bases_storage_and_version(accelerator):
     assert base[2:].storage_offset() == 2
     one, again = (keys._identity(base.expand(3, 6)) for _ in range(2))
     assert one == again != keys._identity(base[:5])
-    for number, write in enumerate((lambda: views[0].mul_(2), lambda: torch.add(base, 1, out=base), lambda: base.zero_())):
+    writes = (lambda: views[0].mul_(2), lambda: torch.add(base, 1, out=base), lambda: base.zero_())
+    for number, write in enumerate(writes):
         write()
         assert {view._version for view in (base, *views)} == {number + 1}
         assert keys._identity(base.expand(3, 6)) != one

@@ -1,4 +1,4 @@
-"""What is promised around the code: the version, the types, a command line that starts at once, the README's commands."""
+"""What is promised around the code: a version, types, a command line that starts at once, commands in the README."""
 
 import subprocess
 import sys

@@ -1,0 +1,96 @@
+"""The `dit-patch` command, as somebody at a shell meets it."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dit_patch import bench, cli
+from dit_patch.registry import Registry
+
+
+def run(*arguments, capsys):
+    status = cli.main([str(each) for each in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_list_names_every_bundled_spec_with_its_class(capsys):
+    status, out, _ = run("list", capsys=capsys)
+    assert status == 0
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert set(rows) >= set(Registry(plugins=False).names())
+    assert rows["diffusers/wan"].endswith("WanTransformer3DModel")
+
+
+@pytest.mark.parametrize("name", Registry(plugins=False).names())
+def test_show_says_of_every_site_what_its_result_depends_on(name, capsys):
+    status, out, _ = run("show", name, capsys=capsys)
+    assert status == 0
+    for site in Registry(plugins=False).get(name).sites:
+        assert f"  {site.at}\n" in out
+        for argument, facets in site.key.items():
+            assert f"{argument}: {', '.join(facets)}" in out
+
+
+def test_an_unknown_name_is_one_clear_line_with_the_nearest_and_status_1(capsys):
+    status, out, err = run("show", "diffusers/wam", capsys=capsys)
+    assert status == 1 and not out
+    assert "`diffusers/wam`" in err and "did you mean `diffusers/wan`?" in err
+    assert "Traceback" not in err
+
+
+def test_a_broken_spec_in_a_directory_is_named_with_its_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: a.B\nsites:\n  - at: rope.forward\n    kind: ropes\n")
+    status, _, err = run("list", "--spec-dir", tmp_path, capsys=capsys)
+    assert status == 1
+    assert "mine.yaml:4:" in err and "did you mean `rope`?" in err
+
+
+def test_specs_from_a_directory_are_listed_beside_the_bundled_ones(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: a.B\nsites:\n  - at: rope.forward\n    kind: rope\n")
+    status, out, _ = run("list", "--spec-dir", tmp_path, capsys=capsys)
+    assert status == 0 and any(line.startswith("mine ") and line.endswith("B") for line in out.splitlines())
+
+
+def test_the_schema_is_json_that_knows_the_words_of_a_spec(capsys):
+    status, out, _ = run("schema", capsys=capsys)
+    assert status == 0
+    assert {"model", "sites", "mini", "requires"} <= set(json.loads(out)["properties"])
+
+
+def test_help_names_the_commands_and_an_unknown_one_is_refused():
+    command = [sys.executable, "-m", "dit_patch.cli"]
+    text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(word in text for word in ("list", "show", "demo", "bench", "schema"))
+    refused = subprocess.run([*command, "lisst"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "lisst" in refused.stderr
+
+
+def test_bench_prints_a_table_and_writes_every_row_with_the_environment(tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    arguments = ("--only", "hits", "--only", "kernels", "--only", "forwards", "--spec", "diffusers/wan")
+    status, out, _ = run("bench", *arguments, "--device", "cpu", "--seconds", 0.01, "--csv", file, capsys=capsys)
+    assert status == 0
+    rows = list(csv.DictReader(file.open()))
+    assert {row["part"] for row in rows} == {"hits", "kernels", "forwards"}
+    assert all(float(row["patched"]) > 0 and row["torch"] and row["diffusers"] for row in rows)
+    kernels = [row for row in rows if row["part"] == "kernels"]
+    assert kernels and all(float(row["patched"]) < float(row["plain"]) for row in kernels)
+    assert out.count("rope.forward") == 1 and str(file) in out
+
+
+def test_bench_finds_out_the_calls_of_a_real_size_without_making_it_on_the_way():
+    spec = Registry(plugins=False).get("diffusers/wan")
+    model, arguments, calls = bench.real(spec, spec.bench_case("wan-2.1-1.3b-480p"), "cpu")
+    called = {call.site.at: call for call in calls}
+    assert tuple(called["rope.forward"].args[0].shape) == (1, 16, 21, 60, 104)
+    assert called["condition_embedder.text_embedder.forward"].args[0] is arguments["encoder_hidden_states"]
+    assert not any(tensor.is_meta for tensor in model.parameters())
+
+
+def test_bench_refuses_an_unknown_spec(capsys):
+    status, _, err = run("bench", "--spec", "diffusers/nothing", capsys=capsys)
+    assert status == 1 and "`diffusers/nothing`" in err
