@@ -20,14 +20,13 @@ class Entry:
     cannot be hit any more.
     """
 
-    __slots__ = ("alive", "cache", "checked", "key", "kept", "nbytes", "remake", "tensors", "touched", "value")
+    __slots__ = ("alive", "cache", "checked", "key", "nbytes", "remake", "tensors", "touched", "value")
 
     def __init__(self, value: Any, tensors: list[torch.Tensor], nbytes: int, alive: list[Callable[[], bool]]) -> None:
         self.value, self.nbytes, self.alive = value, nbytes, alive
         self.tensors = [(tensor, tensor._version) for tensor in tensors]
         self.remake = _remake(value)
         self.checked = False
-        self.kept = False
         self.touched = 0
         self.cache: Cache | None = None
         self.key: Hashable = None
@@ -49,7 +48,7 @@ class Entry:
 
 
 class Budget:
-    """At most `max_bytes` over all caches of a handle. An entry marked `kept` is never given up for another."""
+    """At most `max_bytes` over all caches of a handle."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -68,9 +67,8 @@ class Budget:
         self.clock = entry.touched = self.clock + 1
         if self.used > self.max_bytes:
             for old in sorted(self.entries - {entry}, key=lambda each: each.touched):
-                if not old.kept:
-                    old.cache.drop(old)
-                    old.cache.evictions += 1
+                old.cache.drop(old)
+                old.cache.evictions += 1
                 if self.used <= self.max_bytes:
                     break
 

@@ -208,7 +208,7 @@ def ambient() -> Hashable:
     """The state around a call that changes its result without being an argument: autocast, and the CUDA stream.
 
     Raises:
-        Uncacheable: where results are not numbers (fake tensors, tracing, functorch), so nothing may be kept.
+        Uncacheable: where results are not numbers (fake tensors, tracing, functorch) or do not exist yet (graph capture).
     """
     if _dispatch_modes() and torch._C._get_dispatch_mode(_fake_mode) is not None:
         raise Uncacheable("fake tensors")
@@ -218,6 +218,9 @@ def ambient() -> Hashable:
         raise Uncacheable("a functorch transform")
     if not _autocast() and not _cuda():
         return None
+    if _cuda() and torch.cuda.is_current_stream_capturing():
+        # A graph would replay what was found at capture, whatever is in its inputs by then.
+        raise Uncacheable("a CUDA graph is being captured")
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind))
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()) if _cuda() else None
     return autocast, stream, torch.cuda.current_device() if _cuda() else None
@@ -226,11 +229,6 @@ def ambient() -> Hashable:
 def numerics() -> Hashable:
     """Global switches that change the bits of a matrix product; they count for sites that have weights."""
     return torch._C._get_float32_matmul_precision(), torch._C._get_deterministic_algorithms()
-
-
-def capturing() -> bool:
-    """Whether the current CUDA stream is being captured into a graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _kinds() -> tuple[str, ...]:
@@ -266,6 +264,7 @@ class State:
         if known.refusal is not None:
             raise Uncacheable(known.refusal)
         if known.weighted and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors()):
+            self.forget()  # an optimizer may come next, and a fused one leaves no version behind
             raise Uncacheable("autograd is recording")
         return known.epoch
 

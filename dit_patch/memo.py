@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from .cache import Budget, Cache, Entry, map_tensors, tensors_in
-from .keys import PLAIN, Content, Pins, Uncacheable, capturing, same_bits
+from .keys import PLAIN, Content, Pins, Uncacheable, same_bits
 
-_cuda = torch.cuda.is_initialized
 CHECKS = ("first", "always", "never")
 
 
@@ -62,7 +61,7 @@ class Memo:
         """The entry under `key`, counted as a hit, if it may be handed out as it is; None if `recall` must decide."""
         cache = self.cache
         entry = cache.entries.get(key)
-        if entry is None or not entry.checked or self._always or _cuda() and capturing():
+        if entry is None or not entry.checked or self._always:
             return None
         for tensor, version in entry.tensors:
             if tensor._version != version:
@@ -83,8 +82,6 @@ class Memo:
                 return self._give_up("a cached result differs from a fresh one: its key is too coarse. Switched off", fresh)
             entry.checked = True
             self._checked.add(call.signature())
-        if capturing():
-            entry.kept = True
         self.cache.hit(entry)
         return entry.fresh()
 
@@ -115,9 +112,6 @@ class Memo:
         return value
 
     def _store(self, key: Hashable, call: Call) -> Any:
-        if capturing():
-            self.bypass("a CUDA graph is being captured")
-            return call.compute()
         self.cache.miss()
         pins = call.pins()
         value = self._compute(call)

@@ -116,10 +116,10 @@ class Patch:
         memo = self.memo
         if memo.off is not None:
             return original(*args, **kwargs)
-        if self._unused:
-            return self._stand_in(original, args, kwargs, frame)
         try:
             around = ambient()
+            if self._unused:
+                return self._stand_in(original, args, kwargs, frame)
             if self._unkeyed:
                 return self.place(self.replace(original, args, kwargs), frame)
             key = self._key(around, ordinal, args, kwargs, frame)

@@ -92,14 +92,12 @@ class Scope:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._abandon()
 
     def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        parent = _current.get()
-        while parent is not None and parent.model is self.model:
-            # Left behind by an interrupt, for which torch runs no hooks: a model is never inside its own forward.
-            parent.close()
-            parent = parent.parent
-        _current.set(Frame(self.model, self.positions, args, kwargs, parent))
+        # A model is never inside its own forward; but torch runs no hooks for an interrupt.
+        self._abandon()
+        _current.set(Frame(self.model, self.positions, args, kwargs, _current.get()))
 
     def leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         frame = _current.get()
@@ -109,6 +107,17 @@ class Scope:
         frame.close()
         if output is not None:
             self.finished(frame)
+
+    def _abandon(self) -> None:
+        """End the forwards of this model that were left without `leave`, and those inside them."""
+        frame, left = _current.get(), []
+        while frame is not None:
+            left.append(frame)
+            if frame.model is self.model:
+                _current.set(frame.parent)
+                while left:
+                    left.pop(0).close()
+            frame = frame.parent
 
 
 def scope_of(model: torch.nn.Module) -> Scope | None:
@@ -122,8 +131,6 @@ def scope_of(model: torch.nn.Module) -> Scope | None:
 def parameters(model: torch.nn.Module) -> list[str]:
     """Names of the arguments of the model's forward, seen through decorators, without `self`."""
     return list(inspect.signature(inspect.unwrap(type(model).forward)).parameters)[1:]
-
-
 
 
 def forget_copies(model: torch.nn.Module) -> None:

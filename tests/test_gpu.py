@@ -1,0 +1,101 @@
+"""What only a CUDA device can show: no copies and no synchronisation in a warm forward, streams, graphs, moved models."""
+
+import pytest
+import torch
+
+import dit_patch
+from dit_patch import mini, verify
+from dit_patch.registry import Registry
+
+pytestmark = pytest.mark.gpu
+NAMES = Registry(plugins=False).names()
+
+
+def build(name, dtype=torch.bfloat16):
+    spec = Registry(plugins=False).get(name)
+    case = spec.mini.case()
+    return mini.build(spec, case, dtype=dtype).cuda(), case
+
+
+def generation(case, dtype=torch.bfloat16, number=0):
+    return list(mini.forwards(case, case.sizes[0], dtype=dtype, device="cuda", generation=number))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_and_unpatched_are_equal_on_the_gpu(name, dtype):
+    model, case = build(name, dtype)
+    forwards = generation(case, dtype) + generation(case, dtype, 1)
+    verdict = verify.compare(model, forwards)
+    assert verdict.equal and sum(row.hits for row in verdict.stats) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sites_do_not_make_a_warm_forward_synchronise(name):
+    model, case = build(name)
+    forwards = generation(case)
+
+    def synchronises():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**forwards[-1])
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with torch.no_grad():
+        verify.run(model, forwards)
+        plain = synchronises()
+        with dit_patch.apply(model):
+            verify.run(model, forwards)
+            assert plain is not None or synchronises() is None
+
+
+def test_a_model_that_moves_between_host_and_gpu_gives_what_it_gives_unpatched():
+    model, case = build("diffusers/wan")
+    plain, _ = build("diffusers/wan")
+    with dit_patch.apply(model):
+        for device in ("cuda", "cpu", "cuda"):
+            for each in (model, plain):
+                each.to(device)
+            forwards = list(mini.forwards(case, case.sizes[0], dtype=torch.bfloat16, device=device))
+            assert verify.first_difference(verify.run(plain, forwards), verify.run(model, forwards)) is None
+
+
+def test_a_result_of_one_stream_is_not_handed_out_on_another():
+    model, case = build("diffusers/wan")
+    forwards = generation(case)
+    plain = verify.run(model, forwards)
+    with dit_patch.apply(model, only=["rope"]) as handle:
+        verify.run(model, forwards)
+        [row] = handle.stats()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            outputs = verify.run(model, forwards)
+            torch.cuda.current_stream().synchronize()
+        [after] = handle.stats()
+        assert after.misses == row.misses + 1
+        assert verify.first_difference(plain, outputs) is None
+
+
+def test_a_graph_replays_with_the_inputs_of_the_replay_and_not_with_what_was_cached():
+    model, case = build("diffusers/wan")
+    first, last = generation(case)[0], generation(case)[-1]
+    static = {name: value.clone() for name, value in first.items()}
+    plain = verify.run(model, [first, last])
+    with torch.no_grad(), dit_patch.apply(model) as handle:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(**static, return_dict=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (output,) = model(**static, return_dict=False)
+        for number, arguments in enumerate((first, last)):
+            for name, value in arguments.items():
+                static[name].copy_(value)
+            graph.replay()
+            assert verify.first_difference([plain[number]], [[output]]) is None
+        assert any("CUDA graph" in reason for row in handle.stats() for reason in row.bypassed)
