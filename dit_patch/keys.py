@@ -137,19 +137,21 @@ class Argument:
         if kind in _SCALARS:
             return kind, value
         if kind is float:
-            return repr(value)
+            return repr(value)  # 0.0 is not -0.0, and nan is itself
         if isinstance(value, torch.Tensor):
             raise Uncacheable(f"a {kind.__qualname__}, which is not a plain tensor")
         if isinstance(value, (tuple, list)):
             return kind, tuple([self.part(item, pins) for item in value])
         if isinstance(value, Mapping):
             return kind, tuple([(self.part(key, pins), self.part(item, pins)) for key, item in value.items()])
+        if kind is complex:
+            return kind, repr(value)
         if isinstance(value, enum.Enum):
-            return value
+            return kind, value
         raise Uncacheable(f"`{self.name}` is a {kind.__qualname__}, which cannot be part of a key")
 
 
-_SCALARS = {bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
+_SCALARS = {bool, int, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
 
 
 class Plan:
@@ -248,7 +250,7 @@ class State:
         self.modules = tuple(modules)
         self.subtree = subtree
         self._places = [_place(root, module) for module in self.modules]
-        self._attributes = [(vars(module), _reader(module)) for module in self.modules]
+        self._attributes = [(vars(module), _plain_names(module)) for module in self.modules]
         self._lock = threading.Lock()
         self._known = _Known()
 
@@ -304,10 +306,11 @@ class State:
                 epoch=self._known.epoch + 1,
                 refusal=refusal,
                 weighted=weighted,
-                attributes=[(values, read, _copied(read(values))) for values, read in self._attributes],
+                attributes=[_attributes(values, names) for values, names in self._attributes],
                 tensors=[record for record in records if record[-1] is not None],
                 unversioned=[record[:-1] for record in records if record[-1] is None],
                 sizes=[(group, len(group)) for group in (*groups, *(own["_modules"] for own in owns)) if group],
+                empty=[group for group in (*groups, *(own["_modules"] for own in owns)) if not group],
                 children=[(own["_modules"], tuple(own["_modules"].values())) for own in owns if own["_modules"]],
                 hooks=hooks,
                 adapters=[(own, _adapters(own)) for own in owns if "merged_adapters" in own],
@@ -339,6 +342,7 @@ class _Known(NamedTuple):
     tensors: Sequence = ()
     unversioned: Sequence = ()
     sizes: Sequence = ()
+    empty: Sequence = ()
     children: Sequence = ()
     hooks: Sequence = ()
     adapters: Sequence = ()
@@ -349,13 +353,15 @@ class _Known(NamedTuple):
 
 def _holds(known: _Known) -> bool:
     """Whether nothing has changed. Written for speed: it runs at every call of every site."""
-    for values, read, expected in known.attributes:
-        if read(values) != expected:
-            return False
     for group, size in known.sizes:
         if len(group) != size:
             return False
+    if any(known.empty):
+        return False
     try:
+        for values, read, expected in known.attributes:
+            if read(values) != expected:
+                return False
         for group, name, identity, storage, version in known.tensors:
             tensor = group[name]
             if id(tensor) != identity or tensor._version != version or tensor.untyped_storage()._cdata != storage:
@@ -363,14 +369,14 @@ def _holds(known: _Known) -> bool:
         for group, name, identity, storage in known.unversioned:
             if id(group[name]) != identity or group[name].untyped_storage()._cdata != storage:
                 return False
-    except (KeyError, AttributeError, RuntimeError):  # gone, None, or without a version now
+    except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # gone, or no longer of its kind
         return False
-    if not known.weighted:
-        return True
     for group, children in known.children:
         for child, expected in zip(group.values(), children):
             if child is not expected:
                 return False
+    if not known.weighted:
+        return True
     for group, name, expected in known.places:
         if group.get(name) is not expected:
             return False
@@ -395,15 +401,21 @@ def _around(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.nn
     return now if now is not None and any(each is module for each in now.modules()) else module
 
 
-def _reader(module: torch.nn.Module) -> Callable[[dict], tuple]:
-    """A function that takes the values of a module's plain attributes (`training` is always one) out of its `vars`."""
-    names = [name for name, value in vars(module).items() if not name.startswith("_") and _plain(value)]
-    return itemgetter(*names, "training")
+def _plain_names(module: torch.nn.Module) -> list[str]:
+    """The names of a module's plain attributes; `training` is always among them."""
+    return ["training", *(name for name, value in vars(module).items() if not name.startswith("_") and _plain(value))]
 
 
-def _copied(values: tuple) -> tuple:
+def _attributes(values: dict, names: list[str]) -> tuple[dict, Callable[[dict], tuple], tuple]:
+    """A module's `vars`, a function that takes the named ones out of it, and what that gives now."""
+    read = itemgetter(*names, "training")  # a second name, so that it always gives a tuple
+    if not all(name in values for name in names):
+
+        def read(values: dict) -> tuple:
+            return tuple(values.get(name) for name in names)
+
     # A list may be changed in place, and would still equal itself.
-    return tuple(list(value) if type(value) is list else value for value in values)
+    return values, read, tuple(list(value) if type(value) is list else value for value in read(values))
 
 
 def _plain(value: Any) -> bool:

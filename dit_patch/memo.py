@@ -164,14 +164,19 @@ def _contents(key: Hashable) -> list[Content]:
 
 
 def same(stored: Any, fresh: Any) -> bool:
-    """Equality of two results: types, strides and bits of every tensor."""
+    """Equality of two results: containers, plain values, and strides and bits of every tensor."""
+    if isinstance(stored, torch.Tensor) and isinstance(fresh, torch.Tensor):
+        return stored.stride() == fresh.stride() and same_bits(stored, fresh)
     if type(stored) is not type(fresh):
         return False
+    if isinstance(stored, (tuple, list)):
+        return len(stored) == len(fresh) and all(map(same, stored, fresh))
+    if isinstance(stored, dict):
+        return list(stored) == list(fresh) and all(map(same, stored.values(), fresh.values()))
     try:
         ours, theirs = list(tensors_in(stored)), list(tensors_in(fresh))
     except TypeError:
         return False
-    if len(ours) != len(theirs):
-        return False
-    strides = all(one.stride() == other.stride() for one, other in zip(ours, theirs))
-    return strides and all(map(same_bits, ours, theirs))
+    if ours or theirs:  # a BlockMask
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return repr(stored) == repr(fresh)  # nan is itself, and 0.0 is not -0.0

@@ -149,6 +149,8 @@ class Patch:
         args, kwargs = list(args), dict(kwargs)
         for name, source in self._bound.items():
             value = frame.argument(source.removeprefix("model."))
+            if value is None:
+                continue  # nothing to override with
             if name in self.parameters[: len(args)]:
                 args[self.parameters.index(name)] = value
             else:

@@ -80,11 +80,11 @@ class Span:
 
     def begin(self, *_) -> None:
         frame = scope.current()
-        if frame is None or frame.model is not self.model or self.memo.off is not None:
-            return
-        if frame.calls.setdefault(self, 0):
+        if frame is None or frame.model is not self.model or frame.calls.get(self):
             return
         frame.calls[self] = 1
+        if self.memo.off is not None:
+            return
         try:
             if compiled_along(self.model, self.site.span[1]):
                 # A mode that is on when a compiled function is entered would have it compiled again.

@@ -40,12 +40,12 @@ class Tiny:
         return self.handle
 
     def calls(self, steps: int = 2, size: int = 0, **options) -> list[dict]:
-        """The arguments of a generation's forwards, two passes a step; the same list again means the same tensors again."""
+        """The arguments of a generation's forwards, two passes a step; a list used again passes the same tensors."""
         options = {"dtype": self.dtype} | options
         return list(mini.forwards(self.case, self.case.sizes[size], steps=steps, **options))
 
     def agree(self, calls: list[dict], model=None, plain=None) -> Counter[str]:
-        """Assert that model and twin give the same bits; the hits of each site on the way, without those that had none."""
+        """Assert that model and twin give the same bits; returns the hits on the way, of each site that had any."""
         before = self.hits()
         ours = verify.run(self.model if model is None else model, calls)
         hits = self.hits() - before
@@ -63,7 +63,7 @@ class Tiny:
 
 @pytest.fixture
 def tiny():
-    """Makes a `Tiny` of a spec: `tiny("diffusers/wan")`, `tiny("diffusers/wan", "i2v")`. What was patched is taken back."""
+    """Makes a `Tiny` of a spec: `tiny("diffusers/wan")`, `tiny("diffusers/wan", "i2v")`. Patches are taken back."""
     made = []
 
     def make(*args, **options) -> Tiny:

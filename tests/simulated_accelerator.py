@@ -29,7 +29,7 @@ from dit_patch.keys import PLAIN
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"
-SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # torch >= 2.10
+SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # recent torch only
 
 _CPU = torch.device("cpu")
 _INTERNAL = (str(Path(torch.__file__).parent), __file__)
@@ -221,12 +221,21 @@ class AcceleratorTensor(torch.Tensor):
 
 def to_accelerator(model: torch.nn.Module) -> torch.nn.Module:
     """Move parameters, which stay the same objects, and buffers there. Tensors in plain attributes stay behind."""
-    return model.to(DEVICE)
+    return _move(model, DEVICE)
 
 
 def to_cpu(model: torch.nn.Module) -> torch.nn.Module:
     """The way back, which has to be taken inside the `with` too."""
-    return model.to("cpu")
+    return _move(model, "cpu")
+
+
+def _move(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    versions = [(parameter, parameter._version) for parameter in model.parameters() if not parameter.is_inference()]
+    model.to(device)
+    for parameter, version in versions:
+        # `.data =` leaves the version alone; the swap that stands for it here does not.
+        torch._C._autograd._unsafe_set_version_counter((parameter,), (version,))
+    return model
 
 
 def numbers(value: Any) -> Any:
@@ -310,6 +319,15 @@ def _register() -> None:
     class Module(backend_registration._DummyBackendModule):
         def is_available(self) -> bool:
             return _state.active is not None
+
+        def device_count(self) -> int:
+            return int(self.is_available())
+
+        def get_rng_state(self, device: Any = None) -> torch.Tensor:
+            return torch.get_rng_state()
+
+        def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+            """Random numbers are the CPU's, and so is their state, which torch sets back itself."""
 
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.bfloat16, torch.float16]

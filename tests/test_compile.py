@@ -1,4 +1,4 @@
-"""What compiles and exports a model sees the model as if nobody had patched it; what runs beside compiled code still hits."""
+"""Compilers and exporters see the model as if nobody had patched it; what runs beside compiled code still hits."""
 
 import warnings
 
@@ -185,6 +185,7 @@ class TestFakeTensors:
 
 
 class TestFunctorch:
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
     def test_a_transform_over_the_model_is_passed_through(self, wan):
         """`grad` with respect to the latents, and a batch of them at once, once with cached results there already."""
         call = wan.calls()[0]

@@ -1,4 +1,4 @@
-"""A copy of a patched model, made in whatever way, is an ordinary model with weights of its own; the original goes on."""
+"""A copy of a patched model, however made, is an ordinary model with weights of its own; the original goes on."""
 
 import copy
 import io

@@ -354,11 +354,11 @@ def test_views_are_known_by_their_bases_storage_and_version(accelerator):
 
 def test_a_module_that_moves_keeps_its_parameters_with_other_storages(accelerator):
     model = torch.nn.Linear(2, 2)
-    weight, storage = model.weight, model.weight.untyped_storage()._cdata
+    weight, storage, version = model.weight, model.weight.untyped_storage()._cdata, model.weight._version
     before = weight.detach().clone()
     to_accelerator(model)
     assert model.weight is weight and weight.device == torch.device(DEVICE)
-    assert isinstance(weight, torch.nn.Parameter) and weight.requires_grad
+    assert isinstance(weight, torch.nn.Parameter) and weight.requires_grad and weight._version == version
     there = weight.untyped_storage()._cdata
     weight.data = weight.data * 2
     assert len({storage, there, weight.untyped_storage()._cdata}) == 3
@@ -386,13 +386,18 @@ def test_the_accelerator_leaves_nothing_switched_on():
             torch.__future__.get_swap_module_params_on_conversion(),
             torch._C._len_torch_dispatch_stack(),
             torch.accelerator.is_available(),
+            getattr(torch, NAME).device_count() if hasattr(torch, NAME) else 0,
         )
 
     before = switches()
     with pytest.raises(KeyError), Accelerator():
         assert AcceleratorTensor in keys.PLAIN and torch.accelerator.current_accelerator().type == NAME
+        with torch.random.fork_rng():
+            torch.rand(2, device=DEVICE)
         raise KeyError
     assert switches() == before
+    with torch.random.fork_rng():
+        torch.rand(2)
     assert torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3).shape == (1, 1, 2, 2)
 
 

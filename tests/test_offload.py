@@ -1,4 +1,4 @@
-"""Weights that come and go, and hooks of others that move or cast them: same results, nothing stale, nothing left behind."""
+"""Hooks of others that move or cast the weights: same results, nothing stale, nothing left behind."""
 
 import gc
 import warnings
@@ -39,7 +39,7 @@ class ModelOffload(Technique):
 
 
 class SequentialOffload(ModelOffload):
-    """accelerate's, and what `pipe.enable_sequential_cpu_offload()` does: weights are on the meta device between calls."""
+    """accelerate's, as `pipe.enable_sequential_cpu_offload()` does: weights are on the meta device between calls."""
 
     def on(self, model):
         cpu_offload(model, execution_device=CPU)

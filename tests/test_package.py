@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import dit_patch
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(not list(metadata.Distribution.discover(name="dit-patch")), reason="not installed: a plain checkout")
+@pytest.mark.skipif(not list(metadata.Distribution.discover(name="dit-patch")), reason="a plain checkout")
 def test_the_version_is_the_one_in_pyproject():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert dit_patch.__version__ == declared
+    assert f'\nversion = "{dit_patch.__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_type_checkers_see_the_annotations():

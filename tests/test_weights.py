@@ -233,6 +233,7 @@ class TestLora:
         assert changed(each, calls, lambda model: model.unload_lora())
         assert each.agree(calls)
 
+    @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
     def test_one_of_two(self, each, calls):
         add_lora(each, "style")
         each.agree(calls)
@@ -244,17 +245,21 @@ class TestLora:
         assert each.agree(calls)
 
     @pytest.mark.parametrize("forwards_between", [True, False])
-    def test_loaded_fused_unfused_and_unloaded(self, each, calls, forwards_between):
+    @pytest.mark.parametrize(
+        "steps", ["fuse unload", "fuse unfuse unload", "fuse_safely unload", "fuse unfuse fuse unload"]
+    )
+    def test_loaded_fused_unfused_and_unloaded(self, each, calls, steps, forwards_between):
+        """Fusing adds to the weights through `.data`, without a trace."""
+        edits = {
+            "fuse": lambda model: model.fuse_lora(lora_scale=0.5),
+            "fuse_safely": lambda model: model.fuse_lora(safe_fusing=True),
+            "unfuse": lambda model: model.unfuse_lora(),
+            "unload": lambda model: model.unload_lora(),
+        }
         add_lora(each)
-        edits = [
-            lambda model: model.fuse_lora(),
-            lambda model: model.unfuse_lora(),
-            lambda model: model.fuse_lora(lora_scale=0.5, safe_fusing=True),
-            lambda model: model.unload_lora(),
-        ]
-        for edit in edits:
+        for step in steps.split():
             for model in each.both:
-                edit(model)
+                edits[step](model)
             if forwards_between:
                 each.agree(calls)
         each.agree(calls)

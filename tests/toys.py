@@ -75,7 +75,6 @@ class Toy(torch.nn.Module):
         self.time = Sinusoid()
         self.embed = Embed()
         self.blocks = torch.nn.ModuleList(Embed() for _ in range(2))
-        self._mask_made = 0
 
     def forward(self, x, t=None, text=None, mask=None, window=1, *, scale=1.0):
         self.seen = self.table(x, scale)
@@ -84,11 +83,15 @@ class Toy(torch.nn.Module):
             x = x + self.time(t)
         if text is not None:
             text = self.embed(text)
-            bias = torch.ones(text.shape[0]) if mask is None else mask.float().unsqueeze(-1).mul(2.0).squeeze(-1)
+            bias = torch.ones(text.shape[0]) if mask is None else self.bias_of(mask)
             for block in self.blocks:
                 text = block(text) + bias.mean()
             x = x + text.mean(0)
-        return shift(x) + self.prepare_mask(x.shape[-1], window)
+        # As upstream code does: the caller's `window` never gets to where it counts.
+        return shift(x) + self.prepare_mask(x.shape[-1], 1)
+
+    def bias_of(self, mask):
+        return mask.to(torch.float32).unsqueeze(-1).mul(2.0).squeeze(-1)
 
     @staticmethod
     def prepare_mask(size, window=1):
@@ -105,6 +108,39 @@ class Elsewhere(torch.nn.Module):
 
     def forward(self, x):
         return x
+
+
+class Twice(torch.nn.Module):
+    """Calls one submodule twice in a forward, with different things made from the same argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.time = Sinusoid()
+
+    def forward(self, t):
+        return self.time(t) + 10 * self.time(t * 2)
+
+
+class Lazy(torch.nn.Module):
+    """Leaves what it made in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = None
+
+    def forward(self, x):
+        if self.left is None:
+            self.left = torch.arange(float(x.shape[-1]))
+        return self.left
+
+
+class Holder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lazy = Lazy()
+
+    def forward(self, x):
+        return x + self.lazy(x)
 
 
 def build(cls=Toy):

@@ -1,0 +1,203 @@
+"""What is stored: within a budget of bytes shared by all sites, the least recently used going first."""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+import pytest
+import torch
+
+from dit_patch.cache import Budget, Cache, Entry, map_tensors, tensors_in
+
+Pair = collections.namedtuple("Pair", "one two")
+
+
+def entry(nbytes=100, alive=(), value=None):
+    tensor = torch.zeros(nbytes, dtype=torch.uint8) if value is None else value
+    return Entry(tensor, list(tensors_in(tensor)), nbytes, list(alive))
+
+
+def caches(max_bytes, count=2):
+    budget = Budget(max_bytes)
+    return budget, *(Cache(budget) for _ in range(count))
+
+
+# Room.
+
+
+def test_all_caches_of_a_budget_share_it():
+    budget, one, other = caches(250)
+    one.put("a", entry())
+    other.put("a", entry())
+    assert (budget.used, one.nbytes, other.nbytes) == (200, 100, 100)
+    one.put("b", entry())
+    assert (budget.used, one.nbytes, other.nbytes) == (200, 100, 100)
+    assert list(one.entries) == ["b"] and list(other.entries) == ["a"]
+    assert (one.evictions, other.evictions) == (1, 0)
+
+
+def test_what_was_not_used_for_longest_goes_first_whatever_cache_it_is_in():
+    _, one, other = caches(300)
+    first, second, third = entry(), entry(), entry()
+    one.put("first", first), other.put("second", second), one.put("third", third)
+    one.hit(first)
+    one.put("fourth", entry())
+    assert list(other.entries) == []
+    assert list(one.entries) == ["first", "third", "fourth"]
+    one.hit(third)
+    one.put("fifth", entry())
+    assert list(one.entries) == ["third", "fourth", "fifth"]
+
+
+def test_as_many_go_as_it_takes_and_no_more():
+    budget, one, other = caches(300)
+    for name in "abc":
+        one.put(name, entry())
+    other.put("large", entry(150))
+    assert list(one.entries) == ["c"]
+    assert (budget.used, one.evictions) == (250, 2)
+
+
+def test_an_entry_just_as_large_as_the_budget_fits():
+    budget, one, other = caches(100)
+    other.put("a", entry(10))
+    assert budget.fits(100) and not budget.fits(101)
+    one.put("b", entry(100))
+    assert (list(one.entries), list(other.entries), budget.used) == (["b"], [], 100)
+
+
+def test_a_key_stored_again_takes_the_old_entry_s_place_and_bytes():
+    budget, one, _ = caches(1000)
+    one.put("a", entry(100))
+    newer = entry(50)
+    one.put("a", newer)
+    assert one.entries == {"a": newer}
+    assert (budget.used, one.evictions) == (50, 0)
+
+
+def test_clearing_gives_the_bytes_back_and_keeps_the_counters():
+    budget, one, other = caches(1000)
+    held = entry()
+    one.put("a", held), other.put("a", entry())
+    one.hit(held), one.miss()
+    one.clear()
+    assert (one.nbytes, other.nbytes, budget.used) == (0, 100, 100)
+    assert (one.hits, one.misses) == (1, 1)
+    one.drop(held)
+    assert budget.used == 100
+
+
+def test_an_entry_hit_after_it_was_dropped_does_not_come_back():
+    budget, one, _ = caches(1000)
+    held = entry()
+    one.put("a", held)
+    one.clear()
+    one.hit(held)
+    assert (one.entries, budget.used, one.hits) == ({}, 0, 1)
+
+
+def test_entries_that_can_never_be_asked_for_again_are_swept_out():
+    budget, one, other = caches(1000)
+    there = {"a": True, "b": True}
+    one.put("a", entry(alive=[lambda: there["a"], lambda: there["b"]]))
+    one.put("c", entry())
+    one.put("d", entry())
+    assert list(one.entries) == ["a", "c", "d"]
+    there["b"] = False
+    one.put("e", entry())
+    assert list(one.entries) == ["c", "d", "e"]
+    assert (budget.used, one.evictions) == (300, 0)
+
+
+def test_a_chain_of_entries_whose_first_is_dead_goes_at_once():
+    # A span's steps depend on one another's results.
+    _, one, _ = caches(1000)
+    there = [False]
+    links = {}
+
+    def link(name, alive):
+        links[name] = entry(alive=[alive])
+        one.put(name, links[name])
+
+    there[0] = True
+    link("first", lambda: there[0])
+    link("second", lambda: "first" in one.entries)
+    link("third", lambda: "second" in one.entries)
+    there[0] = False
+    one.put("other", entry())
+    assert list(one.entries) == ["other"]
+
+
+def test_threads_keep_the_books_straight():
+    budget, *several = caches(1000, count=4)
+
+    def work(cache):
+        for number in range(200):
+            held = entry(90)
+            cache.put(number % 7, held)
+            cache.hit(held)
+            if number % 50 == 0:
+                cache.clear()
+
+    threads = [threading.Thread(target=work, args=(cache,)) for cache in several]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert budget.used == sum(cache.nbytes for cache in several) <= 1000
+    assert sum(cache.hits for cache in several) == 800
+
+
+# What comes out.
+
+
+def test_lists_and_dicts_are_fresh_each_time_and_their_tensors_shared():
+    tensor = torch.ones(2)
+    held = entry(value={"a": [tensor, (tensor, 1)], "b": Pair(tensor, "x")})
+    one, other = held.fresh(), held.fresh()
+    assert one is not other and one["a"] is not other["a"]
+    assert one["a"][0] is other["a"][0] is one["b"].one is tensor
+    assert type(one["b"]) is Pair and one["b"].two == "x"
+    one["a"].append(3)
+    del one["b"]
+    assert held.fresh().keys() == {"a", "b"} and len(held.fresh()["a"]) == 2
+
+
+def test_a_list_inside_a_tuple_is_fresh_too():
+    held = entry(value=(torch.ones(1), [torch.ones(1)]))
+    held.fresh()[1].clear()
+    assert len(held.fresh()[1]) == 1
+
+
+def test_a_tensor_or_a_tuple_of_them_comes_out_as_it_is():
+    for value in (torch.ones(1), (torch.ones(1), None), Pair(torch.ones(1), torch.ones(1))):
+        assert entry(value=value).fresh() is value
+
+
+def test_an_entry_notices_a_write_to_any_of_its_tensors_and_to_their_views():
+    tensors = [torch.ones(2), torch.ones(2)]
+    held = entry(value=[tensors[0], {"a": tensors[1]}])
+    assert not held.written()
+    tensors[1].view(2, 1)[0].zero_()
+    assert held.written()
+
+
+def test_what_can_be_stored():
+    tensor = torch.ones(1)
+    value = (tensor, None, 1, 1.0, True, "a", torch.float32, torch.device("cpu"), {"a": [tensor]}, Pair(tensor, 2))
+    assert list(tensors_in(value)) == [tensor] * 3
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, (torch.ones(1), len), {"a": [object()]}])
+def test_what_cannot_be_stored_is_named(value):
+    with pytest.raises(TypeError, match=r"a (object|set|builtin_function_or_method) cannot be stored"):
+        list(tensors_in(value))
+
+
+def test_mapping_over_tensors_keeps_the_containers():
+    value = collections.OrderedDict(a=(torch.ones(1), [torch.ones(1)]), b=Pair(torch.ones(1), None))
+    doubled = map_tensors(lambda tensor: tensor * 2, value)
+    assert type(doubled) is collections.OrderedDict and type(doubled["b"]) is Pair
+    assert [tensor.item() for tensor in tensors_in(doubled)] == [2.0, 2.0, 2.0]
+    assert [tensor.item() for tensor in tensors_in(value)] == [1.0, 1.0, 1.0]

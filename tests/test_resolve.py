@@ -1,0 +1,165 @@
+"""From a pipeline to the models in it, and from an address to the attributes behind it; nothing is changed."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+import toys
+
+from dit_patch import resolve
+from dit_patch.errors import SiteError, UnsupportedModelError
+
+
+def pipeline(**components):
+    return types.SimpleNamespace(components=components)
+
+
+# The models inside.
+
+
+def test_a_model_alone_is_called_model():
+    model = toys.build()
+    assert resolve.models(model) == {"model": model}
+
+
+def test_the_modules_of_a_pipeline_come_by_name_in_order_and_nothing_else():
+    one, other = toys.build(), torch.nn.Linear(1, 1)
+    found = resolve.models(pipeline(scheduler=object(), transformer=one, vae=None, text_encoder=other))
+    assert list(found.items()) == [("transformer", one), ("text_encoder", other)]
+
+
+def test_a_pipeline_may_keep_its_parts_in_modules_as_fastvideo_does():
+    model = toys.build()
+    assert resolve.models(types.SimpleNamespace(modules={"transformer": model, "scheduler": 1})) == {
+        "transformer": model
+    }
+
+
+def test_a_module_with_children_is_not_taken_for_a_pipeline():
+    # torch modules have `modules`, too.
+    model = torch.nn.Sequential(toys.build())
+    assert resolve.models(model) == {"model": model}
+
+
+def test_a_model_under_two_names_is_found_once():
+    model = toys.build()
+    assert resolve.models(pipeline(transformer=model, transformer_2=model)) == {"transformer": model}
+
+
+def test_a_model_and_its_compiled_wrapper_are_one():
+    model = toys.build()
+    assert resolve.models(pipeline(transformer=torch.compile(model), transformer_2=model)) == {"transformer": model}
+
+
+@pytest.mark.parametrize("target", [None, 3, "wan", object(), toys.Toy, {"transformer": 1}])
+def test_what_is_neither_is_named(target):
+    with pytest.raises(UnsupportedModelError, match=r"expected a pipeline or a torch.nn.Module, got .*") as caught:
+        resolve.models(target)
+    assert str(caught.value).endswith(f"({type(target).__qualname__})")
+
+
+# Wrappers.
+
+
+def test_compiled_and_parallel_wrappers_are_seen_through_however_deep():
+    model = toys.build()
+    assert resolve.unwrap(model) is model
+    assert resolve.unwrap(torch.compile(model)) is model
+    assert resolve.unwrap(torch.nn.DataParallel(model)) is model
+    assert resolve.unwrap(torch.compile(torch.nn.DataParallel(model))) is model
+
+
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
+def test_distributed_wrappers_are_known_by_name(name):
+    wrapper = type(name, (torch.nn.Module,), {})()
+    wrapper.module = model = toys.build()
+    assert resolve.unwrap(wrapper) is model
+
+
+def test_a_module_that_merely_has_a_child_called_module_is_no_wrapper():
+    wrapper = torch.nn.Module()
+    wrapper.module = toys.build()
+    assert resolve.unwrap(wrapper) is wrapper
+
+
+def test_what_runs_compiled_is_told():
+    model, whole, inside = toys.build(), toys.build(), toys.build()
+    assert not resolve.compiled(model)
+    assert resolve.compiled(torch.compile(model))
+    whole.compile()
+    assert resolve.compiled(whole)
+    inside.embed.compile()
+    assert not resolve.compiled(inside)
+    assert resolve.compiled_along(inside, "embed.first")
+    assert not resolve.compiled_along(inside, "blocks.0.first")
+    assert resolve.compiled_along(inside, "gone.for.good")
+
+
+# Addresses.
+
+
+def test_an_address_names_attributes_of_submodules():
+    model = toys.build()
+    assert resolve.targets(model, "table.forward", "here") == [(model.table, "forward")]
+    assert resolve.targets(model, "prepare_mask", "here") == [(model, "prepare_mask")]
+    assert resolve.targets(model, "blocks.1.last.forward", "here") == [(model.blocks[1].last, "forward")]
+
+
+def test_a_star_is_each_child_at_one_step():
+    model = toys.build()
+    blocks = list(model.blocks)
+    assert resolve.targets(model, "blocks.*.forward", "here") == [(block, "forward") for block in blocks]
+    assert resolve.targets(model, "blocks.*.last.forward", "here") == [(block.last, "forward") for block in blocks]
+    assert len(resolve.submodules(model, "blocks.*.*", "here")) == 4
+    assert resolve.submodules(model, "", "here") == [model]
+
+
+def test_compiled_submodules_are_seen_through():
+    model = toys.build()
+    table = model.table
+    model.table = torch.compile(model.table)
+    assert resolve.targets(model, "table.forward", "here") == [(table, "forward")]
+
+
+def test_a_global_is_named_by_its_module_or_as_forward_sees_it():
+    model = toys.build()
+    assert resolve.targets(model, "toys:shift", "here") == [(toys, "shift")]
+    assert resolve.targets(model, "forward:shift", "here") == [(toys, "shift")]
+    assert resolve.targets(toys.build(toys.Child), "forward:shift", "here") == [(toys, "shift")]
+
+
+def test_forward_is_seen_through_decorators():
+    class Decorated(toys.Toy):
+        forward = torch.no_grad()(toys.Toy.forward)
+
+    assert resolve.targets(toys.build(Decorated), "forward:shift", "here") == [(toys, "shift")]
+
+
+@pytest.mark.parametrize(
+    "at, message",
+    [
+        ("blocks.2.forward", "here: Toy.blocks has no submodule `2`\n    It has: 0, 1."),
+        ("blocks.*.lasst.forward", "here: Toy.blocks.0 has no submodule `lasst`; did you mean `last`?"),
+        ("prepare_masks", "here: a Toy has no method `prepare_masks`; did you mean `prepare_mask`?"),
+        ("table.theta", "here: a Table has no method `theta`"),
+        ("toys:shft", "here: toys has no function `shft`; did you mean `shift`?"),
+        ("toys:annotations", "here: toys has no function `annotations`"),
+        ("no.such.place:f", "here: cannot import `no.such.place`: No module named 'no'"),
+    ],
+)
+def test_an_address_without_an_attribute_says_what_there_is(at, message):
+    with pytest.raises(SiteError) as caught:
+        resolve.targets(toys.build(), at, "here")
+    assert str(caught.value).startswith(message)
+
+
+def test_nothing_is_changed():
+    model = toys.build()
+    compiled = torch.compile(model)
+    before = toys.snapshot(model)
+    resolve.targets(model, "blocks.*.forward", "here")
+    resolve.targets(model, "forward:shift", "here")
+    resolve.models(compiled)
+    assert toys.same_snapshot(before, toys.snapshot(model))
