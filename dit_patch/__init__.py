@@ -1,8 +1,8 @@
 """dit_patch makes existing diffusion transformers faster from outside: one line, the same bits, and a way back.
 
-    handle = dit_patch.apply(pipeline)
-    print(handle)
-    handle.remove()
+handle = dit_patch.apply(pipeline)
+print(handle)
+handle.remove()
 """
 
 from importlib import metadata

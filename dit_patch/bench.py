@@ -1,4 +1,4 @@
-"""`dit-patch bench`: what a hit costs, what a site saves at real sizes, kernels per forward, whole forwards side by side.
+"""`dit-patch bench`: what a hit costs, what a site saves at real sizes, operations per forward, whole generations.
 
 Every pair of figures is measured in one process, one after the other, by torch.utils.benchmark; times are medians.
 """
@@ -30,7 +30,7 @@ _TURNS = 7
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `plain` and `patched` are medians in `unit`, `spread` is the patched one's interquartile range."""
+    """One comparison: `plain` and `patched` are medians in `unit`, `spread` is the latter's interquartile range."""
 
     part: str
     spec: str
@@ -69,7 +69,8 @@ def run(
     rows: list[Row] = []
     for part in parts:
         print(f"\n{_TITLES[part]}")
-        print(f"  {'spec':<24}  {'case':<20}  {'what':<62}  {'plain':>10}  {'patched':>10}    {_GAINS.get(part, 'ratio'):>9}")
+        gained = _GAINS.get(part, "ratio")
+        print(f"  {'spec':<24}  {'case':<20}  {'what':<62}  {'plain':>10}  {'patched':>10}    {gained:>9}")
         for spec in chosen:
             for row in _MEASURES[part](spec, device, seconds):
                 rows.append(row)
@@ -89,7 +90,8 @@ def run(
 
 def environment(device: str) -> dict[str, str]:
     """What a figure depends on besides the code: hardware and versions."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
     versions = {"dit-patch": __version__, **{name: metadata.version(name) for name in ("torch", "diffusers", "wrapt")}}
     return {"device": name, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **versions}
 
@@ -202,7 +204,8 @@ def real(spec: Spec, case: Case, device: str) -> tuple[torch.nn.Module, dict[str
     model.to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.uniform_(tensor, -0.02, 0.02)
-    arguments = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    for name, value in arguments.items():
+        arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
     same = {id(given[name]): arguments[name] for name in given}
 
     def made(value: Any) -> Any:

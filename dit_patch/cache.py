@@ -37,10 +37,7 @@ class Entry:
 
     def written(self) -> bool:
         """Whether somebody has written into a stored tensor since."""
-        for tensor, version in self.tensors:
-            if tensor._version != version:
-                return True
-        return False
+        return any(tensor._version != version for tensor, version in self.tensors)
 
     def fresh(self) -> Any:
         """The result, in a container of its own: callers may change the list or dict that they get."""

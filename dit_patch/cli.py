@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dit-patch",
-        description="Makes existing diffusion transformers faster from outside: one line, the same bits, and a way back.",
+        description="Makes existing diffusion transformers faster from outside: one line, the same bits, a way back.",
         epilog="In a program of your own: handle = dit_patch.apply(pipeline); print(handle); handle.remove()",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("name", metavar="NAME", help="as `dit-patch list` prints it, such as diffusers/wan")
     for each in (listing, show):
         each.add_argument("--spec-dir", action="append", default=[], metavar="DIR", help="another directory with specs")
-        each.add_argument("--trust-specs", action="store_true", help="let those specs name their own functions in `use:`")
+        each.add_argument("--trust-specs", action="store_true", help="let those specs name any function in `use:`")
 
     command("schema", _schema, "the JSON Schema of a spec, for your editor")
 

@@ -61,7 +61,7 @@ def apply(
     Called again with the same options it returns the same handle, and puts back what another library has displaced.
 
     Args:
-        target: a diffusers or FastVideo pipeline, or a bare transformer; compiled and distributed wrappers are seen through.
+        target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too.
         only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary"; all by default.
         max_bytes: what all caches of this handle may hold together, in bytes.
         check: "first" computes the first hit of each new signature again and compares it bit for bit, "always" every
@@ -77,6 +77,7 @@ def apply(
         VersionError: an installed package is outside the spec's `requires`.
         DitPatchError: already patched with other options, or an option that does not exist.
     """
+    specs = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
     options = _options(only, max_bytes, check, fixes, specs)
     found = _with_specs(resolve.models(target), Registry(specs, trust=trust))
     existing = _existing([model for model, _ in found.values()], options)
@@ -94,7 +95,9 @@ def apply(
         undo.pop_all()
     if not any(member.patches for member in handle._members):
         handle.remove()
-        raise DitPatchError(f"nothing to patch: {', '.join(options.only or ())} is in none of the specs that apply")
+        names = ", ".join(dict.fromkeys(spec.name for _, spec in found.values()))
+        what = f"site of kind {' or '.join(options.only)}" if options.only else "site"
+        raise DitPatchError(f"nothing to patch: no {what} of {names} is in {', '.join(found)}")
     for name, (model, _) in found.items():
         if resolve.compiled(model) or (isinstance(target, torch.nn.Module) and target is not model and _traced(target)):
             warnings.warn(
@@ -295,6 +298,7 @@ def _options(only, max_bytes, check, fixes, specs) -> Options:
         raise DitPatchError(f"check: `{check}` is none of {', '.join(CHECKS)}{suggest(str(check), CHECKS)}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
         raise DitPatchError(f"max_bytes: `{max_bytes}` is not a positive number of bytes")
+    kinds = kinds and tuple(kind for kind in KINDS if kind in kinds)
     return Options(kinds, max_bytes, check, bool(fixes), tuple(str(each) for each in specs))
 
 

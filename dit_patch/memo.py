@@ -44,7 +44,7 @@ class Memo:
     Args:
         where: `WanTransformer3DModel: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
         budget: shared by all memos of a handle.
-        check: "first" recomputes and compares at the first hit of each new signature, "always" at every hit, "never" not.
+        check: "first" recomputes and compares at the first hit of each new signature, "always" at each, "never" not.
     """
 
     def __init__(self, where: str, budget: Budget, check: str = "first") -> None:
@@ -79,7 +79,8 @@ class Memo:
         if not entry.checked or self._always:
             fresh = self._compute(call)
             if not same(entry.value, fresh):
-                return self._give_up("a cached result differs from a fresh one: its key is too coarse. Switched off", fresh)
+                reason = "a cached result differs from a fresh one: its key is too coarse. Switched off"
+                return self._give_up(reason, fresh)
             entry.checked = True
             self._checked.add(call.signature())
         self.cache.hit(entry)
@@ -131,7 +132,9 @@ class Memo:
         return entry.fresh()
 
 
-def _private(value: Any, sources: list[torch.Tensor], stored: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], int]:
+def _private(
+    value: Any, sources: list[torch.Tensor], stored: list[torch.Tensor]
+) -> tuple[Any, list[torch.Tensor], int]:
     """`value` with no tensor that shares memory with `sources`, its tensors, and the bytes that storing it takes."""
     try:
         tensors = list(tensors_in(value))

@@ -1,7 +1,7 @@
 """Tiny real models from a spec's `mini:` (or its `bench:` sizes), and the forwards of a denoising loop for them.
 
-Offline and random: weights from a seed, inputs by the recipe. Which inputs are the same tensor from call to call follows
-what pipelines do: `new: step` is shared by the passes of a step, `new: pass` by the steps of a generation.
+Offline and random: weights from a seed, inputs by the recipe. Which inputs are the same tensor from call to call is as
+in pipelines: `new: step` is shared by the passes of a step, `new: pass` by the steps of a generation.
 """
 
 from __future__ import annotations

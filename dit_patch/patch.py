@@ -16,10 +16,11 @@ import torch
 from . import scope, wrapped
 from .cache import Budget, map_tensors
 from .errors import SiteError, suggest
-from .keys import Pins, Plan, State, Uncacheable, ambient
+from .keys import Pins, Plan, Uncacheable, ambient
 from .memo import Memo, same
 from .scope import Frame
 from .spec import Site
+from .state import State
 
 
 class Patch:

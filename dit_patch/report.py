@@ -18,7 +18,8 @@ class SiteStats:
     """One site of one model.
 
     `targets` is the number of attributes it stands for, `bypassed` counts calls passed through by reason, `nbytes` is
-    what its results hold now, `seconds_saved` is hits times the shortest host time of computing one (on a GPU: of launching).
+    what its results hold now, `seconds_saved` is hits times the shortest host time of computing
+    one (on a GPU: of launching it).
     """
 
     model: str
@@ -73,7 +74,9 @@ def text(rows: Sequence[SiteStats], max_bytes: int, nbytes: int, *, fixes: bool)
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         lines.append(f"{model}  {own[0].model_class}  spec {own[0].spec}")
-        lines.append(f"  {'kind':<8}  {'site':<{width}}  {'hits':>6}  {'misses':>6}  {'bypassed':>8}  {'held':>10}  saved")
+        lines.append(
+            f"  {'kind':<8}  {'site':<{width}}  {'hits':>6}  {'misses':>6}  {'bypassed':>8}  {'held':>10}  saved"
+        )
         for row in own:
             count = sum(row.bypassed.values())
             lines.append(

@@ -92,7 +92,7 @@ def submodules(model: torch.nn.Module, path: str, where: str) -> list[torch.nn.M
     for step in path.split(".") if path else []:
         below = []
         for module, called in here:
-            children = {name: child for name, child in module.named_children()}
+            children = dict(module.named_children())
             chosen = children if step == "*" else {step: children[step]} if step in children else None
             if not chosen:
                 raise SiteError(

@@ -20,15 +20,16 @@ from .errors import SiteError, suggest
 from .keys import Argument, Pins, Uncacheable, ambient
 from .memo import Memo
 from .resolve import compiled_along
-from .scope import Frame
 from .spec import Site
 
 _FACTORIES = frozenset({"arange", "full", "ones", "zeros"})
 _METHODS = frozenset(
-    "add sub mul eq ne ge gt le lt logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ "
-    "__invert__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __eq__ __ne__ __ge__ __gt__ __le__ __lt__ bool cat "
-    "cumsum expand flatten masked_fill pad permute repeat repeat_interleave reshape squeeze stack sum to transpose tril "
-    "triu unsqueeze view where".split()
+    """
+    add sub mul eq ne ge gt le lt logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
+    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __eq__ __ne__ __ge__ __gt__ __le__ __lt__
+    __and__ __or__ __invert__ bool cat cumsum expand flatten masked_fill pad permute repeat repeat_interleave
+    reshape squeeze stack sum to transpose tril triu unsqueeze view where
+    """.split()  # noqa: SIM905
 )
 
 

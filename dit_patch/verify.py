@@ -30,7 +30,7 @@ class Verdict:
 
 
 def run(model: torch.nn.Module, forwards: Iterable[Mapping[str, Any]]) -> list[list[torch.Tensor]]:
-    """The output tensors of each forward, without autograd; outputs are copied, lest a later forward writes into them."""
+    """The output tensors of each forward, without autograd; copied, lest a later forward writes into them."""
     outputs = []
     with torch.no_grad():
         for arguments in forwards:

@@ -73,6 +73,11 @@ class Counts:
     def downloads(self) -> list[Copy]:
         return [copy for copy in self.copies if not copy.to_device]
 
+    def add(self, other: Counts) -> None:
+        self.copies += other.copies
+        self.syncs += other.syncs
+        self.operations += other.operations
+
     def __str__(self) -> str:
         nbytes = sum(copy.nbytes for copy in self.uploads)
         uploads = f"{len(self.uploads)} {'copy' if len(self.uploads) == 1 else 'copies'} to the device ({nbytes} bytes)"

@@ -124,13 +124,30 @@ class TestCompiledBlocks:
         inside = sum("refiner_blocks" in site.at for site in each.spec.sites)
         assert graphs.frame_count <= before + inside
 
-    def test_a_span_that_ends_in_one_is_left_alone_and_says_so(self, hunyuan):
-        hunyuan.model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    def test_a_span_that_begins_in_one_is_left_alone_and_says_so(self, hunyuan):
+        hunyuan.model.compile_repeated_blocks(fullgraph=True, backend="eager")  # `context_embedder` is one, too
         hunyuan.apply()
         hunyuan.agree(hunyuan.calls())
         span = next(row for row in hunyuan.handle.stats() if ".." in row.at)
         assert (span.hits, span.misses) == (0, 0)
         assert span.notes == ("inside compiled code, which is left alone",)
+
+    def test_a_span_that_ends_in_one_is_left_alone_and_says_so(self, hunyuan):
+        """Its mode would still be on inside the compiled block, and have it compiled again."""
+
+        def blocks(model, backend):
+            for block in model.transformer_blocks:
+                block.compile(fullgraph=True, backend=backend)
+            return model
+
+        calls = hunyuan.calls()
+        hunyuan.apply()
+        ours, our_graphs = of_a_fresh_process(blocks, hunyuan.model, calls)
+        span = next(row for row in hunyuan.handle.stats() if ".." in row.at)
+        assert (span.hits, span.misses, span.bypassed) == (0, 0, {"the submodule after it is compiled": len(calls)})
+        theirs, their_graphs = of_a_fresh_process(blocks, hunyuan.plain, calls)
+        assert verify.first_difference(ours, theirs) is None
+        assert our_graphs == their_graphs > 0
 
     def test_sites_inside_compiled_code_are_reported_and_not_warned_about(self, hunyuan):
         hunyuan.model.compile_repeated_blocks(fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: no copies and no synchronisation in a warm forward, streams, graphs, moved models."""
+"""What only a CUDA device can show: no synchronisation in a warm forward, streams, graphs, moved models."""
 
 import pytest
 import torch

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dit_patch import keys
 from dit_patch.errors import SiteError
-from dit_patch.keys import Content, Pins, Plan, State, Uncacheable, ambient, same_bits
+from dit_patch.keys import Content, Pins, Plan, Uncacheable, ambient, same_bits
+from dit_patch.state import State, numerics
 
 NAMES = ("x", "y", "z")
 
@@ -677,4 +677,4 @@ def test_numerics_count_for_weights_only(precision):
         torch.set_float32_matmul_precision("medium")
         assert table.epoch() == before[0]
         assert both.epoch() != before[1]
-    assert keys.numerics() is not None
+    assert numerics() is not None

@@ -157,6 +157,14 @@ def test_sites_whose_weights_stay_put_go_on_hitting(wan, technique, tmp_path):
     assert hits["condition_embedder.text_embedder.forward"] == len(calls)
 
 
+def test_sites_whose_weights_are_away_say_so(wan, tmp_path):
+    for model in wan.both:
+        SequentialOffload(tmp_path).on(model)
+    wan.apply()
+    wan.agree(wan.calls())
+    assert wan.reasons() == {"weights on the meta device"}
+
+
 @pytest.mark.parametrize("technique", [SequentialOffload, GroupOffloadOfLeavesToDisk])
 @pytest.mark.parametrize("first", ["apply", "on"])
 class TestWeightsThatMove:

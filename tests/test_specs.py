@@ -104,7 +104,8 @@ def replace_weights(model):
 
 def lora(model):
     peft = pytest.importorskip("peft")
-    targets = [name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear) and "proj_out" not in name]
+    linear = [name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)]
+    targets = [name for name in linear if "proj_out" not in name]
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
@@ -128,9 +129,10 @@ def fused_and_unloaded(model):
     model.unload_lora()
 
 
-@pytest.mark.parametrize(
-    "change", [cast, edit_weights, load, replace_weights, lora, scaled, fused, fused_and_unloaded], ids=lambda f: f.__name__
-)
+CHANGES = [cast, edit_weights, load, replace_weights, lora, scaled, fused, fused_and_unloaded]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", SPECS)
 def test_weights_that_change_between_generations_count_even_with_the_same_inputs(name, change):
     model, case = build(name)
@@ -159,7 +161,7 @@ def test_a_prompt_that_is_replaced_or_rewritten_mid_run_counts(name):
     half = len(forwards) // 2
     prompts = [key for key, recipe in case.inputs.items() if recipe.new == "pass"]
     replaced = forwards[:half] + [
-        {**arguments, **{key: other[number][key] for key in prompts}} for number, arguments in enumerate(forwards[half:])
+        {**own, **{key: new[key] for key in prompts}} for own, new in zip(forwards[half:], other)
     ]
     rewritten = generation(case)
 
@@ -213,6 +215,7 @@ def test_nothing_is_left_behind(name, variant):
         assert everything() != before
         verify.run(model, generation(case))
     after = everything()
-    assert {path: set(values) for path, values in after.items()} == {path: set(values) for path, values in before.items()}
+    names = [{path: set(values) for path, values in each.items()} for each in (before, after)]
+    assert names[0] == names[1]
     for path, values in after.items():
         assert all(not value for key, value in values.items() if key.startswith("_forward")), path
