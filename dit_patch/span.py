@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 from . import scope
 from .cache import Budget, Entry
@@ -114,7 +114,14 @@ class _Watch(TorchFunctionMode):
         self.made: dict[int, Entry] = {}
 
     def finish(self) -> None:
-        self.__exit__(None, None, None)
+        # After an interrupt, modes of others may be above this one, which `__exit__` would take for it.
+        above = []
+        while (mode := _get_current_function_mode()) not in (self, None):
+            above.append(_pop_mode())
+        if mode is self:
+            _pop_mode()
+        for each in reversed(above):
+            _push_mode(each)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

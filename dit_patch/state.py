@@ -21,7 +21,7 @@ class State:
 
     Parameters and buffers (which object, which storage, which version), LoRA scaling and adapters, and the modules' own
     plain attributes (theta, patch size, `training` ...). What is written through `.data` leaves no version behind and
-    is not seen, except by a LoRA adapter: one put around a module of `root` counts with it, as it can be merged into it.
+    is not seen, except by a LoRA adapter: one around a module of `root` counts with it, as it may be merged into it.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module], root: torch.nn.Module, *, subtree: bool = True) -> None:
@@ -80,15 +80,13 @@ class State:
             records = []
             for group, name, tensor in tensors if refusal is None else ():
                 pins.follow(tensor)
-                version = None if tensor.is_inference() else tensor._version
-                records.append((group, name, id(tensor), tensor.untyped_storage()._cdata, version))
+                records.append((group, name, id(tensor), tensor.untyped_storage()._cdata, tensor._version))
             self._known = _Known(
                 epoch=self._known.epoch + 1,
                 refusal=refusal,
                 weighted=weighted,
                 attributes=[_attributes(values, names) for values, names in self._attributes],
-                tensors=[record for record in records if record[-1] is not None],
-                unversioned=[record[:-1] for record in records if record[-1] is None],
+                tensors=records,
                 sizes=[(group, len(group)) for group in (*groups, *(own["_modules"] for own in owns)) if group],
                 empty=[group for group in (*groups, *(own["_modules"] for own in owns)) if not group],
                 children=[(own["_modules"], tuple(own["_modules"].values())) for own in owns if own["_modules"]],
@@ -107,6 +105,8 @@ class State:
                 return f"weights of type {type(tensor).__qualname__}"
             if tensor.is_meta:
                 return "weights on the meta device"
+            if tensor.is_inference():
+                return "weights made under inference_mode have no version: changes in place would go unseen"
         if weighted and any(module.training for module in self.modules):
             return "the module is in training mode; call `.eval()`"
         return None
@@ -120,7 +120,6 @@ class _Known(NamedTuple):
     weighted: bool = False
     attributes: Sequence = ()
     tensors: Sequence = ()
-    unversioned: Sequence = ()
     sizes: Sequence = ()
     empty: Sequence = ()
     children: Sequence = ()
@@ -145,9 +144,6 @@ def _holds(known: _Known) -> bool:
         for group, name, identity, storage, version in known.tensors:
             tensor = group[name]
             if id(tensor) != identity or tensor._version != version or tensor.untyped_storage()._cdata != storage:
-                return False
-        for group, name, identity, storage in known.unversioned:
-            if id(group[name]) != identity or group[name].untyped_storage()._cdata != storage:
                 return False
     except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # gone, or no longer of its kind
         return False

@@ -188,6 +188,24 @@ class TestBreakingOff:
         assert bool(hits) == (then != "remove")
         assert scope.current() is None and _get_current_function_mode() is None
 
+    def test_within_a_span_and_then_inside_somebodys_mode(self, hunyuan):
+        """The mode that was left on is taken away, and not the one above it."""
+        call = hunyuan.calls()[0]
+        hunyuan.apply()
+
+        def stop(*_):
+            raise Stop
+
+        hook = hunyuan.model.context_embedder.register_forward_hook(stop)
+        with torch.no_grad(), pytest.raises(Stop):
+            hunyuan.model(**call)
+        hook.remove()
+        with torch.device("cpu"):
+            theirs = _get_current_function_mode()
+            hunyuan.agree([call])
+            assert _get_current_function_mode() is theirs
+        assert _get_current_function_mode() is None
+
     def test_within_a_site(self, wan):
         calls = wan.calls()
         wan.apply()

@@ -189,17 +189,18 @@ class TestInferenceMode:
             wan.model(**wan.calls()[0])
             assert not any(table.is_inference() for table in wan.model.rope(wan.calls()[0]["hidden_states"]))
 
-    def test_weights_made_in_it_can_be_used_and_replaced(self, each):
+    def test_sites_with_weights_made_in_it_are_passed_through_since_edits_would_go_unseen(self, each):
         calls = each.calls()
         each.apply()
         with torch.inference_mode():
-            for factor in (1.0, 1.5):
-                for model in each.both:
-                    state = {name: value * factor for name, value in model.state_dict().items()}
-                    model.load_state_dict(state, assign=True)
-                each.agree(calls)
-                hits = each.agree(calls)
-                assert {site.kind for site in each.spec.sites if hits[site.at]} >= {"rope", "timestep", "context"}
+            for model in each.both:
+                model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()}, assign=True)
+            each.agree(calls)
+            for model in each.both:
+                for parameter in model.parameters():
+                    parameter.mul_(1.25)
+            each.agree(calls)
+        assert any("inference_mode have no version" in reason for reason in each.reasons())
 
 
 class TestAutocast:

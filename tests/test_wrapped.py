@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -112,6 +114,17 @@ def test_layers_are_removed_in_any_order(table, order, own):
         assert torch.equal(table(X), plain + left)
         assert [wrapped.installed(layer) for layer in layers].count(True) == str(left).count("1")
     assert vars(table) | {"_made": 0} == before | {"_made": 0}
+
+
+def test_a_layer_removed_from_below_another_is_let_go(table):
+    lower = Layer()
+    below = wrapped.install(table, "forward", lower)
+    wrapped.install(table, "forward", Layer())
+    gone = weakref.ref(lower)
+    wrapped.remove(below)
+    del lower, below
+    gc.collect()
+    assert gone() is None
 
 
 def test_two_handles_patch_one_function_and_go_in_either_order(tmp_path):
