@@ -173,8 +173,8 @@ class Handle:
         asleep = self._take_back()
         if asleep:
             warnings.warn(
-                f"dit_patch: {len(asleep)} patches ({asleep[0]}, ...) sit inside another library's wrapper. They pass "
-                "calls through, and are gone once that is removed and remove() is called again.",
+                f"dit_patch: inside another library's wrapper, and asleep there: {', '.join(asleep)}. Calls are passed "
+                "through, and remove() called again after that library's own removal leaves nothing behind.",
                 stacklevel=2,
             )
 

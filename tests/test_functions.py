@@ -138,7 +138,7 @@ def skyreels():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels, flip", itertools.product([256, 6, 2], [True, False]))
+@pytest.mark.parametrize("channels, flip", list(itertools.product([256, 6, 2], [True, False])))
 @pytest.mark.parametrize("shape", [(8,), (2, 4), (1, 1), (8, 1)])
 def test_skyreels_timesteps_are_the_original_s_in_every_bit(skyreels, dtype, channels, flip, shape):
     module = skyreels(channels, flip)

@@ -261,7 +261,7 @@ class RemovalWithClosures(Removal):
 
 BOUNDED = settings(
     deadline=None,
-    max_examples=150,
+    max_examples=400,
     stateful_step_count=25,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
