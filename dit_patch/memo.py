@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -107,7 +107,10 @@ class Memo:
     def _compute(self, call: Call) -> Any:
         start = time.perf_counter()
         # A normal tensor without history can be used under inference_mode and in training alike; the reverse fails.
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                value = call.compute()
+        else:
             value = call.compute()
         self.seconds = min(self.seconds, time.perf_counter() - start)
         return value
@@ -160,10 +163,12 @@ def _detached(tensor: torch.Tensor, shared: set[int]) -> torch.Tensor:
     return copy
 
 
-def _contents(key: Hashable) -> list[Content]:
-    if isinstance(key, Content):
-        return [key]
-    return [found for part in key for found in _contents(part)] if isinstance(key, tuple) else []
+def _contents(key: tuple) -> Iterator[Content]:
+    for part in key:
+        if type(part) is tuple:
+            yield from _contents(part)
+        elif type(part) is Content:
+            yield part
 
 
 def same(stored: Any, fresh: Any) -> bool:
