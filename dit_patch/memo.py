@@ -127,7 +127,7 @@ class Memo:
         if not self.cache.budget.fits(nbytes):
             self.bypass(f"a result of {nbytes / 2**20:.1f} MiB is larger than max_bytes")
             return value
-        for part in _contents(key):
+        for part in _contents((key,)):
             part.keep()
         entry = Entry(value, tensors, nbytes, pins.alive)
         entry.checked = self.check == "never" or (self.check == "first" and call.signature() in self._checked)
