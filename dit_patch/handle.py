@@ -359,7 +359,7 @@ def _replacement(site: Site, owner: Any, name: str, where: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise SiteError(f"{where}: `use: {site.use}` cannot be found: {error}") from error
     try:
-        actual = fingerprint(getattr(owner, name))
+        actual = fingerprint(wrapped.innermost(owner, name))
     except (OSError, TypeError):
         actual = "unreadable"
     if actual in site.source:

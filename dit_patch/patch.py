@@ -55,7 +55,7 @@ class Patch:
         self.site, self.model, self.owner, self.name, self.where = site, model, owner, name, where
         self.memo = Memo(where, budget, check)
         self.replacement = replacement
-        self.parameters, anything = _parameters(getattr(owner, name))
+        self.parameters, anything = _parameters(wrapped.innermost(owner, name))
         _check_names(site, self.parameters, anything, scope.parameters(model), where)
         self.plan = Plan(self.parameters, site.key, where)
         self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device"))

@@ -75,6 +75,11 @@ def install(owner: Any, name: str, wrapper: Callable) -> Wrapped:
         return wrapped
 
 
+def innermost(owner: Any, name: str) -> Callable:
+    """What `install` would wrap: the attribute, or what a hook of accelerate or diffusers calls in its place."""
+    return getattr(*_innermost(owner, name))
+
+
 def installed(wrapped: Wrapped) -> bool:
     """Whether a call of the attribute still reaches the layer, as far as can be seen from the outside."""
     owner, name = wrapped._self_home
