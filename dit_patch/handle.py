@@ -99,7 +99,7 @@ def apply(
         what = f"site of kind {' or '.join(options.only)}" if options.only else "site"
         raise DitPatchError(f"nothing to patch: no {what} of {names} is in {', '.join(found)}")
     for name, (model, _) in found.items():
-        if resolve.compiled(model) or (isinstance(target, torch.nn.Module) and target is not model and _traced(target)):
+        if resolve.compiled(model) or (isinstance(target, torch.nn.Module) and resolve.compiled(target)):
             warnings.warn(
                 f"dit_patch: {name} ({type(model).__name__}) is compiled as a whole, and compiled code is left alone: "
                 "nothing in it is cached. Compile its blocks instead: model.compile_repeated_blocks().",
@@ -115,7 +115,6 @@ class Member:
         self.handle, self.name, self.model, self.spec = handle, name, model, spec
         self.sites: dict[str, list[Patch | Span]] = {}
         self.notes: dict[str, str] = {}
-        self.forwards = 0
         self.scope: Scope | None = None
         self.watchers: list[wrapped.Wrapped] = []
         self._warned: set[str] = set()
@@ -126,7 +125,6 @@ class Member:
 
     def finished(self, frame: Frame) -> None:
         """After a forward: say which sites it did not come by, once each."""
-        self.forwards += 1
         for at, patches in self.sites.items():
             if at in self._warned or any(patch in frame.calls for patch in patches):
                 continue
@@ -370,7 +368,3 @@ def _replacement(site: Site, owner: Any, name: str, where: str) -> Any:
         stacklevel=4,
     )
     return None
-
-
-def _traced(target: torch.nn.Module) -> bool:
-    return "_orig_mod" in target.__dict__["_modules"]

@@ -179,7 +179,7 @@ def _around(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.nn
 
 def _plain_names(module: torch.nn.Module) -> list[str]:
     """The names of a module's plain attributes; `training` is always among them."""
-    return ["training", *(name for name, value in vars(module).items() if not name.startswith("_") and _plain(value))]
+    return [name for name, value in vars(module).items() if not name.startswith("_") and _plain(value)]
 
 
 def _attributes(values: dict, names: list[str]) -> tuple[dict, Callable[[dict], tuple], tuple]:
