@@ -197,7 +197,7 @@ def real(spec: Spec, case: Case, device: str) -> tuple[torch.nn.Module, dict[str
     What the calls look like is found out by a forward on the meta device; only then are weights made.
     """
     with torch.device("meta"):
-        model = mini.model_class(spec.classes[0])(**case.config).eval().to(torch.bfloat16)
+        model = mini.make_model(spec, case).eval().to(torch.bfloat16)
     arguments = next(mini.forwards(case, case.sizes[0], dtype=torch.bfloat16))
     given = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     calls = record(model, spec, given)

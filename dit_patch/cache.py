@@ -7,10 +7,14 @@ made or results computed; it only notices when a stored tensor has been written 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
+
+
+LAST = 4  # forwards whose results are not given up: the passes of a step, with some to spare
 
 
 class Entry:
@@ -45,7 +49,11 @@ class Entry:
 
 
 class Budget:
-    """At most `max_bytes` over all caches of a handle."""
+    """At most `max_bytes` over all caches of a handle.
+
+    Room is made at the expense of what has not been used for longest, and never of what one of the last forwards used:
+    where more is asked for at each forward than fits, giving up one result for the next would leave no hit at all.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -53,21 +61,32 @@ class Budget:
         self.lock = threading.RLock()
         self.clock = 0
         self.entries: set[Entry] = set()
+        self._begun = deque([0] * LAST, maxlen=LAST)  # the clock at the beginning of each of the last forwards
 
     def fits(self, nbytes: int) -> bool:
         return nbytes <= self.max_bytes
 
-    def add(self, entry: Entry) -> None:
-        """Take the entry in, at the expense of those that have not been hit for longest."""
+    def begin(self) -> None:
+        """A forward begins."""
+        self._begun.append(self.clock)
+
+    def add(self, entry: Entry) -> bool:
+        """Take the entry in, if there is room beside what is in use."""
+        excess = self.used + entry.nbytes - self.max_bytes
+        if excess > 0:
+            idle = sorted((old for old in self.entries if old.touched <= self._begun[0]), key=lambda old: old.touched)
+            if sum(old.nbytes for old in idle) < excess:
+                return False
+            for old in idle:
+                old.cache.drop(old)
+                old.cache.evictions += 1
+                excess -= old.nbytes
+                if excess <= 0:
+                    break
         self.entries.add(entry)
         self.used += entry.nbytes
         self.clock = entry.touched = self.clock + 1
-        if self.used > self.max_bytes:
-            for old in sorted(self.entries - {entry}, key=lambda each: each.touched):
-                old.cache.drop(old)
-                old.cache.evictions += 1
-                if self.used <= self.max_bytes:
-                    break
+        return True
 
     def discard(self, entry: Entry) -> None:
         if entry in self.entries:
@@ -97,7 +116,8 @@ class Cache:
         with self.budget.lock:
             self.misses += 1
 
-    def put(self, key: Hashable, entry: Entry) -> None:
+    def put(self, key: Hashable, entry: Entry) -> bool:
+        """Keep the entry, if there is room."""
         with self.budget.lock:
             for old in list(self.entries.values()):  # oldest first: what depends on another comes after it
                 if not all(alive() for alive in old.alive):
@@ -105,9 +125,11 @@ class Cache:
             old = self.entries.get(key)
             if old is not None:
                 self.drop(old)
+            if not self.budget.add(entry):
+                return False
             entry.cache, entry.key = self, key
             self.entries[key] = entry
-            self.budget.add(entry)
+            return True
 
     def drop(self, entry: Entry) -> None:
         with self.budget.lock:
@@ -141,9 +163,16 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         for item in value.values():
             yield from tensors_in(item)
     elif type(value).__name__ == "BlockMask":
-        yield from (item for item in vars(value).values() if isinstance(item, torch.Tensor))
+        yield from (item for item in mask_parts(value) if isinstance(item, torch.Tensor))
     elif value is not None and not isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         raise TypeError(f"a {type(value).__qualname__} cannot be stored")
+
+
+def mask_parts(mask: Any) -> tuple:
+    """What a flex BlockMask consists of: its fields, and what its `mask_mod` runs and has captured."""
+    own = {name: value for name, value in vars(mask).items() if name != "mask_mod"}
+    cells = [cell.cell_contents for cell in getattr(mask.mask_mod, "__closure__", None) or ()]
+    return (*own, *own.values(), getattr(mask.mask_mod, "__code__", mask.mask_mod), *cells)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from functools import cached_property
+from importlib import metadata
 from os import PathLike
 from typing import Any, get_args
 
@@ -19,13 +20,13 @@ from packaging.requirements import Requirement
 
 from . import resolve, wrapped
 from .cache import Budget
-from .errors import DitPatchError, SiteError, UnsupportedModelError, VersionError, suggest
+from .errors import DitPatchError, UnsupportedModelError, VersionError, suggest
+from .live import ABSENT, ABSENT_STAGE, live
 from .memo import CHECKS
 from .patch import Patch
 from .registry import Registry
 from .report import SiteStats, site_stats, text
 from .scope import Frame, Scope, forget_copies, scope_of
-from .source import fingerprint
 from .span import Span
 from .spec import Kind, Site, Spec
 
@@ -82,7 +83,7 @@ def apply(
     found = _with_specs(resolve.models(target), Registry(specs, trust=trust))
     existing = _existing([model for model, _ in found.values()], options)
     if existing is not None:
-        existing.repair()
+        existing.repair(target)
         return existing
     for _, spec in found.values():
         _check_versions(spec, strict)
@@ -91,7 +92,7 @@ def apply(
         undo.callback(handle._take_back)
         for name, (model, spec) in found.items():
             forget_copies(model)
-            handle._add(name, model, spec)
+            handle._add(name, model, spec, target)
         undo.pop_all()
     if not any(member.patches for member in handle._members):
         handle.remove()
@@ -117,19 +118,49 @@ class Member:
         self.notes: dict[str, str] = {}
         self.scope: Scope | None = None
         self.watchers: list[wrapped.Wrapped] = []
+        self.ran = False
+        self._reached: set[str] = set()
         self._warned: set[str] = set()
+        self._device: torch.device | None = None
 
     @property
     def patches(self) -> list[Patch | Span]:
         return [patch for patches in self.sites.values() for patch in patches]
 
+    def watch(self) -> None:
+        """From now on, know of the model's forwards."""
+        self.scope = Scope(self.model, self.finished, self.started, self.spec.parameters)
+
+    def started(self, frame: Frame) -> None:
+        """Before a forward: results that the model keeps for another device are made again."""
+        self.ran = True
+        self.handle._budget.begin()
+        leaving, spans = self._concerned
+        if leaving and frame.device != self._device:
+            self._device = frame.device
+            for patch in leaving:
+                patch.moved()
+        for span in spans:
+            span.begin()
+
+    @cached_property
+    def _concerned(self) -> tuple[list[Patch], list[Span]]:
+        """The patches that a new device matters to, and the spans that begin where a forward does."""
+        leaving = [patch for patch in self.patches if isinstance(patch, Patch) and patch.leaves_something]
+        return leaving, [span for span in self.patches if isinstance(span, Span) and span.start is None]
+
     def finished(self, frame: Frame) -> None:
         """After a forward: say which sites it did not come by, once each."""
         for at, patches in self.sites.items():
-            if at in self._warned or any(patch in frame.calls for patch in patches):
+            if at in self._warned or at.startswith("pipeline:"):
+                continue
+            if any(patch in frame.calls for patch in patches):
+                self._reached.add(at)
                 continue
             displaced = any(patch.displaced for patch in patches)
-            if not displaced and (patches[0].site.optional or self._in_compiled_code(at)):
+            # A site inside another is called only where that one has no result.
+            fine = at in self._reached or patches[0].site.optional
+            if not displaced and (fine or self._in_compiled_code(at)):
                 continue
             self._warned.add(at)
             why = (
@@ -145,12 +176,35 @@ class Member:
 
     def _in_compiled_code(self, at: str) -> bool:
         path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
-        found = ":" not in at and "*" not in path and bool(path) and resolve.compiled_along(self.model, path)
+        if ":" in at:
+            # Who calls a global cannot be told from outside.
+            found = any(map(resolve.compiled, self.model.modules()))
+        elif "*" in path:
+            owners = resolve.branches(self.model, path, at)
+            found = all(resolve.compiled_along(self.model, resolve.filled_in(path, stars)) for _, stars in owners)
+        else:
+            found = bool(path) and resolve.compiled_along(self.model, path)
         if found:
             self.notes[at] = "inside compiled code, which is left alone"
         return found
 
-    def repair(self) -> None:
+    def make(self, site: Site, target: Any) -> None:
+        """Make a site live, or note why it is not."""
+        options = self.handle.options
+        patches, note = live(
+            self.spec, site, self.model, target, budget=self.handle._budget, check=options.check, fixes=options.fixes
+        )
+        self.notes.pop(site.at, None)
+        if patches:
+            self.sites[site.at] = patches
+        if note:
+            self.notes[site.at] = note
+
+    def repair(self, target: Any = None) -> None:
+        """Put back what another library has displaced, and add what only `target`, the pipeline, has."""
+        for site in filter(self.handle.wanted, self.spec.sites):
+            if site.at.startswith("pipeline:") and site.at not in self.sites and resolve.stages(target, self.model):
+                self.make(site, target)
         for patch in self.patches:
             patch.install()
         for at in self._warned & set(self.notes):
@@ -185,16 +239,24 @@ class Handle:
     def stats(self) -> list[SiteStats]:
         """One row per site: hits, misses, bypasses with their reasons, bytes held, host seconds saved."""
         return [
-            site_stats(member.name, member.model, member.spec.name, site, member.sites.get(site.at, ()), member.notes)
+            site_stats(
+                member.name,
+                member.model,
+                member.spec.name,
+                site,
+                member.sites.get(site.at, ()),
+                member.notes,
+                ran=member.ran,
+            )
             for member in self._members
             for site in member.spec.sites
-            if self._wanted(site)
+            if self.wanted(site)
         ]
 
-    def repair(self) -> None:
-        """Put back the patches that another library has displaced."""
+    def repair(self, target: Any = None) -> None:
+        """Put back the patches that another library has displaced; in the stages of the pipeline `target`, too."""
         for member in self._members:
-            member.repair()
+            member.repair(target)
 
     @property
     def models(self) -> dict[str, torch.nn.Module]:
@@ -207,7 +269,7 @@ class Handle:
         return self._budget.used
 
     def __str__(self) -> str:
-        return text(self.stats(), self.options.max_bytes, self.nbytes, fixes=self.options.fixes)
+        return text(self.stats(), self.options.max_bytes, self.nbytes)
 
     def __enter__(self) -> Handle:
         return self
@@ -215,58 +277,22 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _wanted(self, site: Site) -> bool:
+    def wanted(self, site: Site) -> bool:
         return self.options.only is None or site.kind in self.options.only
 
-    def _add(self, name: str, model: torch.nn.Module, spec: Spec) -> None:
+    def _add(self, name: str, model: torch.nn.Module, spec: Spec, target: Any) -> None:
         member = Member(self, name, model, spec)
         self._members.append(member)
-        for site in spec.sites:
-            if self._wanted(site):
-                patches = self._live(member, site)
-                if patches:
-                    member.sites[site.at] = patches
+        for site in filter(self.wanted, spec.sites):
+            member.make(site, target)
+        if resolve.own_forward(model, spec.classes):
+            _warn_of_own_forward(member)
         for patch in member.patches:
             patch.install()
         for edit in _WEIGHT_EDITS:
             if callable(getattr(model, edit, None)):
                 member.watchers.append(wrapped.install(model, edit, self._clear_after))
-        member.scope = Scope(model, member.finished)
-
-    def _live(self, member: Member, site: Site) -> list[Patch | Span]:
-        where = f"{member.spec.name}: {site.at} ({site.origin})"
-        common = {"where": where, "budget": self._budget, "check": self.options.check}
-        try:
-            if site.is_span:
-                start, end = (resolve.submodules(member.model, path, where)[0] for path in site.span)
-            else:
-                targets = resolve.targets(member.model, site.at, where)
-        except SiteError:
-            if not site.optional:
-                raise
-            member.notes[site.at] = "not in this model"
-            return []
-        if site.is_span:
-            return [Span(site, member.model, start, end, **common)]
-        reads = [module for path in site.reads for module in resolve.submodules(member.model, path, where)]
-        replacement = _replacement(site, *targets[0], where) if site.use else None
-        if site.use and replacement is None:
-            member.notes[site.at] = f"{site.use} is for another version of the original, and not used"
-            if not site.key:
-                return []
-        return [
-            Patch(
-                site,
-                member.model,
-                owner,
-                name,
-                reads=reads,
-                replacement=replacement,
-                fixes=self.options.fixes,
-                **common,
-            )
-            for owner, name in targets
-        ]
+        member.watch()
 
     def _clear_after(self, original, instance, args, kwargs):
         try:
@@ -349,22 +375,12 @@ def _check_versions(spec: Spec, strict: bool) -> None:
         warnings.warn(f"dit_patch: {problem}", stacklevel=3)
 
 
-def _replacement(site: Site, owner: Any, name: str, where: str) -> Any:
-    """The function that `use:` names; None, with a warning, where the original is not the one that it replaces."""
-    place, _, function = site.use.partition(":")
-    try:
-        replacement = getattr(import_module(place), function)
-    except (ImportError, AttributeError) as error:
-        raise SiteError(f"{where}: `use: {site.use}` cannot be found: {error}") from error
-    try:
-        actual = fingerprint(wrapped.innermost(owner, name))
-    except (OSError, TypeError):
-        actual = "unreadable"
-    if actual in site.source:
-        return replacement
-    warnings.warn(
-        f"dit_patch: {where}: the original's source is {actual}, and {site.use} was written for "
-        f"{', '.join(site.source)}; the original is used.",
-        stacklevel=4,
-    )
-    return None
+def _warn_of_own_forward(member: Member) -> None:
+    left = [at for at, note in member.notes.items() if at not in member.sites and note not in (ABSENT, ABSENT_STAGE)]
+    if left:
+        warnings.warn(
+            f"dit_patch: {type(member.model).__name__} has a forward of its own, other than that of "
+            f"{' or '.join(name.rpartition('.')[2] for name in member.spec.classes)}, for which {member.spec.name} was "
+            f"written; left alone: {', '.join(left)}.",
+            stacklevel=4,
+        )

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _device
 
 from .errors import SiteError
 
@@ -190,6 +192,8 @@ class Plan:
         if len(args) > len(self.positional):
             raise Uncacheable("more positional arguments than the signature names")
         parts = [argument.part(value, pins) for argument, value in zip(self.positional, args)]
+        if self.borrowed and frame.nameless:
+            raise Uncacheable("the model was called with positional arguments that its spec does not name")
         for argument in self.borrowed:
             parts.append(argument.part(frame.argument(argument.name), pins))
         for name, value in kwargs.items():
@@ -206,7 +210,7 @@ _cuda = torch.cuda.is_initialized
 
 
 def ambient() -> Hashable:
-    """The state around a call that changes its result without being an argument: autocast, and the CUDA stream.
+    """The state around a call that changes its result without being an argument: autocast, default device, CUDA stream.
 
     Raises:
         Uncacheable: where results are not numbers (fake tensors, tracing, functorch) or not there yet (graph capture).
@@ -218,13 +222,28 @@ def ambient() -> Hashable:
     if _functorch():
         raise Uncacheable("a functorch transform")
     if not _autocast() and not _cuda():
-        return None
+        return default_device()
     if _cuda() and torch.cuda.is_current_stream_capturing():
         # A graph would replay what was found at capture, whatever is in its inputs by then.
         raise Uncacheable("a CUDA graph is being captured")
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind))
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()) if _cuda() else None
-    return autocast, stream, torch.cuda.current_device() if _cuda() else None
+    return autocast, stream, torch.cuda.current_device() if _cuda() else None, default_device()
+
+
+def default_device() -> torch.device | None:
+    """Where tensors are made if nobody says where; None for the CPU, and where it is the meta device.
+
+    Under that, tables that are made without saying where would hold nothing: see `on_a_real_device`.
+    """
+    default = _device.CURRENT_DEVICE
+    return None if default is None or default.type in ("cpu", "meta") else default
+
+
+def on_a_real_device() -> AbstractContextManager:
+    """The CPU as the default device where it is the meta device, as libraries have it while they load a model."""
+    default = _device.CURRENT_DEVICE
+    return torch.device("cpu") if default is not None and default.type == "meta" else nullcontext()
 
 
 def _kinds() -> tuple[str, ...]:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
+from torch.utils import _device
 
-from .cache import Budget, Cache, Entry, map_tensors, tensors_in
-from .keys import PLAIN, Content, Pins, Uncacheable, same_bits
+from .cache import Budget, Cache, Entry, map_tensors, mask_parts, tensors_in
+from .keys import PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
 
 CHECKS = ("first", "always", "never")
+FULL = "no room beside what the last forwards used; a larger max_bytes would keep it"
 
 
 class Call(Protocol):
@@ -77,7 +79,7 @@ class Memo:
         if entry.written():
             return self._give_up("somebody wrote into a cached result; the site is switched off", call.compute())
         if not entry.checked or self._always:
-            fresh = self._compute(call)
+            fresh = self.timed(call.compute)
             if not same(entry.value, fresh):
                 reason = "a cached result differs from a fresh one: its key is too coarse. Switched off"
                 return self._give_up(reason, fresh)
@@ -104,21 +106,25 @@ class Memo:
         self.switch_off(reason)
         return value
 
-    def _compute(self, call: Call) -> Any:
+    def timed(self, compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, whose time counts for what a hit saves.
+
+        Its tensors are normal ones without history, and so can be used under inference_mode and in training alike; the
+        reverse would fail.
+        """
         start = time.perf_counter()
-        # A normal tensor without history can be used under inference_mode and in training alike; the reverse fails.
-        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                value = call.compute()
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or _device.CURRENT_DEVICE is not None:
+            with torch.inference_mode(False), torch.no_grad(), on_a_real_device():
+                value = compute()
         else:
-            value = call.compute()
+            value = compute()
         self.seconds = min(self.seconds, time.perf_counter() - start)
         return value
 
     def _store(self, key: Hashable, call: Call) -> Any:
         self.cache.miss()
         pins = call.pins()
-        value = self._compute(call)
+        value = self.timed(call.compute)
         try:
             value, tensors, nbytes = _private(value, call.sources(), call.stored())
         except Uncacheable as reason:
@@ -131,7 +137,8 @@ class Memo:
             part.keep()
         entry = Entry(value, tensors, nbytes, pins.alive)
         entry.checked = self.check == "never" or (self.check == "first" and call.signature() in self._checked)
-        self.cache.put(key, entry)
+        if not self.cache.put(key, entry):
+            self.bypass(FULL)
         return entry.fresh()
 
 
@@ -181,10 +188,6 @@ def same(stored: Any, fresh: Any) -> bool:
         return len(stored) == len(fresh) and all(map(same, stored, fresh))
     if isinstance(stored, dict):
         return list(stored) == list(fresh) and all(map(same, stored.values(), fresh.values()))
-    try:
-        ours, theirs = list(tensors_in(stored)), list(tensors_in(fresh))
-    except TypeError:
-        return False
-    if ours or theirs:  # a BlockMask
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if type(stored).__name__ == "BlockMask":
+        return same(mask_parts(stored), mask_parts(fresh))
     return repr(stored) == repr(fresh)  # nan is itself, and 0.0 is not -0.0

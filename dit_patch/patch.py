@@ -1,14 +1,17 @@
 """A site of a spec on one attribute of one model: what happens when that attribute is called.
 
 It turns a call into a key (arguments, the forward around it, the owner's weights, the ambient state) and asks the
-site's `Memo`; or calls the replacement that the spec names with `use:`; or, for `unused: true`, hands out a stand-in.
-Knows nothing about where the attribute was found, nor about the other sites.
+site's `Memo`; or calls the replacement that the spec names with `use:`; or, where the result is `unused`, hands out a
+stand-in; or puts the result through what `then:` names. Knows nothing about where the attribute was found, nor about
+the other sites.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +23,26 @@ from .keys import Pins, Plan, Uncacheable, ambient
 from .memo import Memo, same
 from .scope import Frame
 from .spec import Site
+from .stand_in import stand_in
 from .state import State
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the names in a site stand for in one model.
+
+    `replacement` is the function of `use`, if the original is the one it was written for, and `then` that of `then`;
+    `modules` and `values` are the submodules and functions of `reads`; `leftovers` the (owner, attribute) of `clears`;
+    `parameters` the names of the model's arguments, `open_ended` whether it takes others by keyword.
+    """
+
+    parameters: Sequence[str]
+    open_ended: bool = False
+    replacement: Callable | None = None
+    then: Callable | None = None
+    modules: Sequence[torch.nn.Module] = ()
+    values: Sequence[Callable[[], Any]] = ()
+    leftovers: Sequence[tuple[Any, str]] = ()
 
 
 class Patch:
@@ -28,10 +50,9 @@ class Patch:
 
     Args:
         site: what the spec says.
-        owner: the module, or Python module, that holds the attribute.
-        reads: modules whose weights the site's tensor arguments were computed with.
+        owner: the module, Python module or stage of a pipeline that holds the attribute.
+        means: what the site's names stand for here.
         where: `diffusers/wan: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
-        replacement: the function that `use:` names, if its original is the one it was written for.
         fixes: whether `bind:` is on.
 
     Raises:
@@ -44,30 +65,35 @@ class Patch:
         model: torch.nn.Module,
         owner: Any,
         name: str,
+        means: Means,
         *,
-        reads: list[torch.nn.Module],
         where: str,
         budget: Budget,
         check: str,
-        replacement: Callable | None = None,
         fixes: bool = False,
     ) -> None:
         self.site, self.model, self.owner, self.name, self.where = site, model, owner, name, where
         self.memo = Memo(where, budget, check)
-        self.replacement = replacement
+        self.replacement, self.then = means.replacement, means.then
         self.parameters, anything = _parameters(wrapped.innermost(owner, name))
-        _check_names(site, self.parameters, anything, scope.parameters(model), where)
+        _check_names(site, self.parameters, anything, means, where)
         self.plan = Plan(self.parameters, site.key, where)
         self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device"))
-        self._everywhere = not isinstance(owner, torch.nn.Module)
-        self._state = None if self._everywhere else State([owner, *reads], model, subtree=owner is not model)
+        self._everywhere = isinstance(owner, ModuleType)
+        modules = [*([owner] if isinstance(owner, torch.nn.Module) else []), *means.modules]
+        self._state = State(modules, model, subtree=owner is not model) if modules else None
+        self._values = tuple(means.values)
         self._epoch = 0
         self._unused = site.unused
-        self._unkeyed = replacement is not None and not site.key
+        self._unused_with = tuple(name.removeprefix("model.") for name in site.unused_with)
+        self._moves = site.device is not None
+        self._dtype = getattr(torch, site.dtype) if site.dtype else None
+        self._unkeyed = means.replacement is not None and not site.key
         self._bound = dict(site.bind) if fixes else {}
         self._proven: set[Hashable] = set()
         self._stand_ins: dict[torch.device | None, Any] = {}
-        self._cleared: dict[str, Any] = {}
+        self._leftovers = means.leftovers
+        self._cleared: list[Any] | None = None
         self._layer: wrapped.Wrapped | None = None
 
     def install(self) -> None:
@@ -76,19 +102,23 @@ class Patch:
             return
         if self._layer is not None:
             wrapped.remove(self._layer)
-        for attribute in self.site.clears:
-            if getattr(self.owner, attribute, None) is not None:
-                self._cleared[attribute] = getattr(self.owner, attribute)
-                setattr(self.owner, attribute, None)
+        if self._cleared is None:
+            self._cleared = [getattr(owner, attribute) for owner, attribute in self._leftovers]
+        self.moved()
         self._layer = wrapped.install(self.owner, self.name, self)
+
+    def moved(self) -> None:
+        """Have the model make again what it keeps in attributes: it runs on another device from now on."""
+        for owner, attribute in self._leftovers:
+            setattr(owner, attribute, None)
 
     def remove(self) -> bool:
         """Take the layer away; False if it has to sleep inside another library's wrapper until that goes."""
         self.memo.cache.clear()
         self._stand_ins = {}
-        for attribute, value in self._cleared.items():
-            setattr(self.owner, attribute, value)
-        self._cleared = {}
+        for (owner, attribute), value in zip(self._leftovers, self._cleared or ()):
+            setattr(owner, attribute, value)
+        self._cleared = None
         return self._layer is None or wrapped.remove(self._layer)
 
     def clear(self) -> None:
@@ -102,7 +132,19 @@ class Patch:
         """Whether another library has taken the layer out of the way of the calls."""
         return self._layer is None or not wrapped.installed(self._layer)
 
+    @property
+    def fixes(self) -> bool:
+        """Whether arguments are taken from the model's own call, which may change the result."""
+        return bool(self._bound)
+
+    @property
+    def leaves_something(self) -> bool:
+        """Whether the model keeps results of this site in attributes of its own."""
+        return bool(self._leftovers)
+
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        if self.then is not None:
+            return self._put_through(original(*args, **kwargs))
         frame = scope.current()
         ordinal = 0
         if frame is not None and frame.model is self.model:
@@ -119,9 +161,10 @@ class Patch:
             return original(*args, **kwargs)
         try:
             around = ambient()
-            if self._unused:
+            if self._unused or (self._unused_with and frame is not None and self._all_given(frame)):
                 return self._stand_in(original, args, kwargs, frame)
             if self._unkeyed:
+                memo.cache.hits += 1
                 return self.place(self.replace(original, args, kwargs), frame)
             key = self._key(around, ordinal, args, kwargs, frame)
         except Uncacheable as reason:
@@ -139,12 +182,15 @@ class Patch:
             if epoch != self._epoch:
                 self.memo.cache.clear()
                 self._epoch = epoch
-        if self.plan.borrowed:
-            if frame is None:
-                raise Uncacheable("called outside the model's forward")
-            # What a call borrows from the model's forward does not tell two calls within one forward apart.
-            return (epoch, around, ordinal, *self.plan.parts(args, kwargs, frame))
-        return (epoch, around, *self.plan.parts(args, kwargs, frame))
+        parts = self.plan.parts(args, kwargs, frame) if frame is not None or not self.plan.borrowed else None
+        if parts is None:
+            raise Uncacheable("called outside the model's forward")
+        if self._moves:
+            parts.append(None if frame is None else frame.device)
+        if self._values:
+            parts += [read() for read in self._values]
+        # What a call borrows from the model's forward does not tell two calls within one forward apart.
+        return (epoch, around, ordinal, *parts) if self.plan.borrowed else (epoch, around, *parts)
 
     def _bind(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         args, kwargs = list(args), dict(kwargs)
@@ -158,25 +204,35 @@ class Patch:
                 kwargs[name] = value
         return tuple(args), kwargs
 
+    def _all_given(self, frame: Frame) -> bool:
+        """Whether the forward got every argument of `unused_with`, with something in each place."""
+        given = [] if frame.nameless else [frame.argument(name) for name in self._unused_with]
+        return bool(given) and all(
+            value is not None and not (isinstance(value, (list, tuple)) and any(item is None for item in value))
+            for value in given
+        )
+
     def _stand_in(self, original: Callable, args: tuple, kwargs: dict, frame: Frame | None) -> Any:
-        """In place of a result that nobody reads: NaN in its shape, without memory, so that a reader would show."""
-        device = frame.device if frame is not None and self.site.device else None
+        """In place of a result that nobody reads: one that would show if somebody did."""
+        device = frame.device if frame is not None and self._moves else None
         if device not in self._stand_ins:
-            self.memo.cache.misses += 1
-            with torch.inference_mode(False), torch.no_grad():
-                result = original(*args, **kwargs)
-            self._stand_ins[device] = map_tensors(lambda tensor: _unreadable(tensor, device), result)
+            self.memo.cache.miss()
+            result = self.memo.timed(lambda: original(*args, **kwargs))
+            self._stand_ins[device] = stand_in(result, device, self._dtype)
         else:
             self.memo.cache.hits += 1
         return map_tensors(lambda tensor: tensor, self._stand_ins[device])
 
+    def _put_through(self, result: Any) -> Any:
+        self.memo.cache.hits += 1
+        return self.then(result)
+
     def place(self, value: Any, frame: Frame | None) -> Any:
         """`value` where and as the spec wants it, so that the caller's own `.to()` has nothing left to do."""
-        device = frame.device if frame is not None and self.site.device else None
-        dtype = getattr(torch, self.site.dtype) if self.site.dtype else None
-        if device is None and dtype is None:
+        device = frame.device if frame is not None and self._moves else None
+        if device is None and self._dtype is None:
             return value
-        return map_tensors(lambda tensor: tensor.to(device=device, dtype=dtype), value)
+        return map_tensors(lambda tensor: tensor.to(device=device, dtype=self._dtype), value)
 
     def replace(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """The replacement's result, held to the original bit for bit at the first sight of each signature."""
@@ -237,18 +293,12 @@ def _parameters(function: Callable) -> tuple[list[str], bool]:
     return names, any(each.kind is each.VAR_KEYWORD for each in parameters)
 
 
-def _check_names(site: Site, own: list[str], anything: bool, model: list[str], where: str) -> None:
-    for name in [*site.key, *site.bind, *site.bind.values()]:
+def _check_names(site: Site, own: list[str], anything: bool, means: Means, where: str) -> None:
+    for name in [*site.key, *site.bind, *site.bind.values(), *site.unused_with]:
         of_model, word = name.startswith("model."), name.removeprefix("model.")
-        known = model if of_model else own
-        if word not in known and (of_model or not anything):
+        known, others = (means.parameters, means.open_ended) if of_model else (own, anything)
+        if word not in known and not others:
             raise SiteError(
                 f"{where}: {'the model' if of_model else 'it'} has no parameter `{word}`{suggest(word, known)}\n"
                 f"    Parameters: {', '.join(known) or 'none'}."
             )
-
-
-def _unreadable(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    special = tensor.is_floating_point() or tensor.is_complex()
-    scalar = torch.full((), float("nan") if special else 0, dtype=tensor.dtype, device=device or tensor.device)
-    return scalar.expand(tensor.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 _NEVER_HIT = {
@@ -19,7 +20,7 @@ class SiteStats:
 
     `targets` is the number of attributes it stands for, `bypassed` counts calls passed through by reason, `nbytes` is
     what its results hold now, `seconds_saved` is hits times the shortest host time of computing
-    one (on a GPU: of launching it).
+    one (on a GPU: of launching it). `fixed` says that an upstream mistake is corrected, which may change results.
     """
 
     model: str
@@ -35,18 +36,27 @@ class SiteStats:
     nbytes: int = 0
     seconds_saved: float = 0.0
     notes: tuple[str, ...] = ()
+    fixed: bool = False
 
 
-def site_stats(model: str, module: Any, spec: str, site: Any, patches: Sequence, notes: Mapping[str, str]) -> SiteStats:
-    """The row of one site, summed over the attributes that it stands for."""
+def site_stats(
+    model: str, module: Any, spec: str, site: Any, patches: Sequence, notes: Mapping[str, str], *, ran: bool
+) -> SiteStats:
+    """The row of one site, summed over the attributes that it stands for; `ran`: the model has been called."""
     memos = [patch.memo for patch in patches]
     hits, misses = sum(memo.cache.hits for memo in memos), sum(memo.cache.misses for memo in memos)
     bypassed = sum((memo.bypassed for memo in memos), Counter())
+    fixed = any(patch.fixes for patch in patches)
     said = [notes[site.at]] if site.at in notes else []
+    said += [f"fix on: {name} is the forward's {of.partition('.')[2]}" for name, of in site.bind.items() if fixed]
     said += [f"switched off: {memo.off}" for memo in memos if memo.off][:1]
     said += [f"bypassed {count}: {reason}" for reason, count in bypassed.most_common()]
     if site.key and misses > 1 and not hits:
         said.append(_NEVER_HIT.get(site.kind, "never hit: something in its key differs at each call"))
+    if site.unused:
+        said.append("never read: a stand-in is handed out")
+    if patches and ran and not said and not (hits or misses):
+        said.append("not called so far")
     evictions = sum(memo.cache.evictions for memo in memos)
     if evictions:
         said.append(f"{evictions} results given up for others; a larger max_bytes would keep them")
@@ -62,15 +72,18 @@ def site_stats(model: str, module: Any, spec: str, site: Any, patches: Sequence,
         bypassed=dict(bypassed),
         evictions=evictions,
         nbytes=sum(memo.cache.nbytes for memo in memos),
-        seconds_saved=sum(memo.cache.hits * memo.seconds for memo in memos if memo.cache.hits),
+        seconds_saved=sum(memo.cache.hits * memo.seconds for memo in memos if isfinite(memo.seconds)),
         notes=tuple(said),
+        fixed=fixed,
     )
 
 
-def text(rows: Sequence[SiteStats], max_bytes: int, nbytes: int, *, fixes: bool) -> str:
+def text(rows: Sequence[SiteStats], max_bytes: int, nbytes: int) -> str:
     """The report: a row per site, its notes below it."""
     width = max((len(row.at) for row in rows), default=4)
-    lines = [f"dit_patch: lossless, {_mib(nbytes)} cached of {_mib(max_bytes)}" + (", fixes on" if fixes else "")]
+    fixed = any(row.fixed for row in rows)
+    kind = "fixes on (where they apply, results differ from upstream's)" if fixed else "lossless"
+    lines = [f"dit_patch: {kind}, {_mib(nbytes)} cached of {_mib(max_bytes)}"]
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         lines.append(f"{model}  {own[0].model_class}  spec {own[0].spec}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -53,9 +53,23 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
         module = inner
 
 
+def stages(target: Any, model: torch.nn.Module) -> list[Any]:
+    """The stages of a FastVideo pipeline that run `model`; none where `target` is something else."""
+    found = getattr(target, "stages", None)
+    if not isinstance(found, (list, tuple)):
+        return []
+    parts = ((stage, part) for stage in found for part in getattr(stage, "__dict__", {}).values())
+    running = [stage for stage, part in parts if isinstance(part, torch.nn.Module) and unwrap(part) is model]
+    return list({id(stage): stage for stage in running}.values())
+
+
 def compiled(module: torch.nn.Module) -> bool:
     """Whether calls of the module run compiled code."""
-    return module.__dict__.get("_compiled_call_impl") is not None or "_orig_mod" in module.__dict__["_modules"]
+    own = module.__dict__
+    if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
+        return True
+    # FastVideo replaces the forwards of blocks.
+    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
 
 
 def compiled_along(model: torch.nn.Module, path: str) -> bool:
@@ -68,17 +82,19 @@ def compiled_along(model: torch.nn.Module, path: str) -> bool:
     return False
 
 
-def targets(model: torch.nn.Module, at: str, where: str) -> list[tuple[Any, str]]:
-    """The attributes that an address names in `model`, as (owner, name).
+def targets(model: torch.nn.Module, at: str, where: str, pipeline: Any = None) -> list[tuple[Any, str]]:
+    """The attributes that an address names in `model`, or in the `pipeline` around it, as (owner, name).
 
     Raises:
         SiteError: if there is none, or what is there cannot be called; it says what there is instead.
     """
+    if at.startswith("pipeline:"):
+        return _of_stages(pipeline, model, at.partition(":")[2], where)
     if ":" in at:
         return [_global(model, at, where)]
-    *path, name = at.split(".")
+    path, _, name = at.rpartition(".")
     found = []
-    for owner in submodules(model, ".".join(path), where):
+    for owner in submodules(model, path, where):
         if not callable(getattr(owner, name, None)):
             near = suggest(name, [each for each in dir(owner) if callable(getattr(owner, each, None))])
             raise SiteError(f"{where}: a {type(owner).__name__} has no method `{name}`{near}")
@@ -87,21 +103,76 @@ def targets(model: torch.nn.Module, at: str, where: str) -> list[tuple[Any, str]
 
 
 def submodules(model: torch.nn.Module, path: str, where: str) -> list[torch.nn.Module]:
-    """The submodules at a dotted path, `*` standing for every child at its step; the model itself at the empty path."""
-    here = [(model, type(model).__name__)]
+    """The submodules at a dotted path; the model itself at the empty path.
+
+    `*` stands for every child at its step that has the rest of the path, of which there must be one.
+    """
+    return [module for module, _ in branches(model, path, where)]
+
+
+def branches(model: torch.nn.Module, path: str, where: str) -> list[tuple[torch.nn.Module, tuple[str, ...]]]:
+    """As `submodules`, each with the names of the children that the path's `*` stand for."""
+    here = [(model, type(model).__name__, ())]
+    starred = False
     for step in path.split(".") if path else []:
-        below = []
-        for module, called in here:
+        below, missing = [], None
+        for module, called, stars in here:
             children = dict(module.named_children())
-            chosen = children if step == "*" else {step: children[step]} if step in children else None
+            if step == "*":
+                chosen = {name: (child, (*stars, name)) for name, child in children.items()}
+            else:
+                chosen = {step: (children[step], stars)} if step in children else {}
             if not chosen:
-                raise SiteError(
+                missing = missing or (
                     f"{where}: {called} has no submodule `{step}`{suggest(step, children)}\n"
                     f"    It has: {', '.join(children) or 'none'}."
                 )
-            below += [(unwrap(child), f"{called}.{name}") for name, child in chosen.items()]
+            below += [(unwrap(child), f"{called}.{name}", names) for name, (child, names) in chosen.items()]
+        if missing and not (starred and below):
+            raise SiteError(missing)
+        starred = starred or step == "*"
         here = below
-    return [module for module, _ in here]
+    return [(module, stars) for module, _, stars in here]
+
+
+def filled_in(path: str, stars: tuple[str, ...]) -> str:
+    """The path with its first `*` replaced by these names, as far as there are any."""
+    for name in stars:
+        path = path.replace("*", name, 1)
+    return path
+
+
+def function(address: str, where: str) -> Callable:
+    """The function at `package.module:name`.
+
+    Raises:
+        SiteError: if it cannot be imported, or nothing there can be called.
+    """
+    place, _, name = address.partition(":")
+    try:
+        found = getattr(import_module(place), name)
+    except (ImportError, AttributeError) as error:
+        raise SiteError(f"{where}: `{address}` cannot be found: {error}") from error
+    if not callable(found):
+        raise SiteError(f"{where}: `{address}` is a {type(found).__name__}, which cannot be called")
+    return found
+
+
+def own_forward(model: torch.nn.Module, classes: tuple[str, ...]) -> bool:
+    """Whether the model's class has a forward of its own, other than that of the class that the spec is for."""
+    for base in type(model).__mro__:
+        if f"{base.__module__}.{base.__qualname__}" in classes:
+            return inspect.unwrap(type(model).forward) is not inspect.unwrap(base.forward)
+    return False
+
+
+def _of_stages(pipeline: Any, model: torch.nn.Module, name: str, where: str) -> list[tuple[Any, str]]:
+    running = stages(pipeline, model)
+    found = [(stage, name) for stage in running if callable(getattr(stage, name, None))]
+    if not found:
+        what = ", ".join(type(stage).__name__ for stage in running) or "none"
+        raise SiteError(f"{where}: no stage that runs the model has a method `{name}`; the stages that do: {what}")
+    return found
 
 
 def _global(model: torch.nn.Module, at: str, where: str) -> tuple[Any, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,10 +30,11 @@ class Frame:
     what must be undone when the forward ends, however it ends.
     """
 
-    __slots__ = ("args", "calls", "kwargs", "leave", "model", "parent", "positions")
+    __slots__ = ("args", "calls", "kwargs", "leave", "model", "nameless", "parent", "positions")
 
     def __init__(self, model: torch.nn.Module, positions: dict[str, int], args: tuple, kwargs: dict, parent) -> None:
         self.model, self.positions, self.args, self.kwargs, self.parent = model, positions, args, kwargs, parent
+        self.nameless = len(args) > len(positions)  # some positional arguments cannot be told by name
         self.calls: dict[Any, int] = {}
         self.leave: list[Callable[[], None]] = []
 
@@ -78,12 +79,21 @@ class Hook:
 
 
 class Scope:
-    """The pair of hooks on one model. `finished(frame)` is called after each forward that did not raise."""
+    """The pair of hooks on one model.
 
-    def __init__(self, model: torch.nn.Module, finished: Callable[[Frame], None]) -> None:
-        self.model = model
-        self.finished = finished
-        self.positions = {name: at for at, name in enumerate(parameters(model))}
+    `finished(frame)` is called after each of its forwards that did not raise, `started(frame)` before each. `names` are
+    the forward's positional parameters, where its signature does not say.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        finished: Callable[[Frame], None],
+        started: Callable[[Frame], None] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.model, self.finished, self.started = model, finished, started
+        self.positions = {name: at for at, name in enumerate(names or parameters(model))}
         self._hooks = (
             model.register_forward_pre_hook(Hook(self.enter), with_kwargs=True),
             model.register_forward_hook(Hook(self.leave), with_kwargs=True, always_call=True),
@@ -97,7 +107,10 @@ class Scope:
     def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         # A model is never inside its own forward; but torch runs no hooks for an interrupt.
         self._abandon()
-        _current.set(Frame(self.model, self.positions, args, kwargs, _current.get()))
+        frame = Frame(self.model, self.positions, args, kwargs, _current.get())
+        _current.set(frame)
+        if self.started is not None:
+            self.started(frame)
 
     def leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         frame = _current.get()
@@ -129,8 +142,15 @@ def scope_of(model: torch.nn.Module) -> Scope | None:
 
 
 def parameters(model: torch.nn.Module) -> list[str]:
-    """Names of the arguments of the model's forward, seen through decorators, without `self`."""
-    return list(inspect.signature(inspect.unwrap(type(model).forward)).parameters)[1:]
+    """Names of the arguments of the model's forward, seen through decorators; without `self`, `*args`, `**kwargs`."""
+    given = list(inspect.signature(inspect.unwrap(type(model).forward)).parameters.values())[1:]
+    return [each.name for each in given if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def takes_any(model: torch.nn.Module) -> bool:
+    """Whether the model's forward takes keyword arguments that its signature does not name."""
+    given = inspect.signature(inspect.unwrap(type(model).forward)).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in given)
 
 
 def forget_copies(model: torch.nn.Module) -> None:

@@ -1,14 +1,15 @@
 """A site without a call of its own: the tensor code that a model's forward runs between two of its submodules.
 
-From the end of one submodule to the start of the next, torch functions are watched. A pure one whose tensor inputs are
-all known (arguments of the forward that the spec names, or earlier results of the span) is memoised by its function,
-its other arguments and the identity of those inputs; everything else runs as it is. Every step is looked up by what it
-is called with, so that no key can be too coarse: changed code or other inputs are other keys.
+From the end of one submodule, or the beginning of the forward, to the start of the next, torch functions are watched.
+A pure one whose tensor inputs are all known (arguments of the forward that the spec names, or earlier results of the
+span) is memoised by its function, its other arguments and the identity of those inputs; everything else runs as it is.
+Every step is looked up by what it is called with, so that no key can be too coarse: changed code or other inputs are
+other keys. Asking a known tensor whether it is true is such a step, too: on a GPU the host waits for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from .memo import Memo
 from .resolve import compiled_along
 from .spec import Site
 
-_FACTORIES = frozenset({"arange", "full", "ones", "zeros"})
+_FACTORIES = frozenset({"arange", "full", "ones", "tensor", "zeros"})
 _METHODS = frozenset(
     """
-    add sub mul eq ne ge gt le lt logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
+    __bool__ all add sub mul eq ne ge gt le lt logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __eq__ __ne__ __ge__ __gt__ __le__ __lt__
     __and__ __or__ __invert__ bool cat cumsum expand flatten masked_fill pad permute repeat repeat_interleave
     reshape squeeze stack sum to transpose tril triu unsqueeze view where
@@ -34,7 +35,9 @@ _METHODS = frozenset(
 
 
 class Span:
-    """A live span of `model`, between the end of its submodule `start` and the beginning of `end`.
+    """A live span of `model`, between the end of its submodule `start`, or of nothing, and the beginning of `end`.
+
+    A span without a `start` has to be told that a forward begins: `begin()`. `parameters` are the forward's.
 
     Raises:
         SiteError: where the spec names an argument that the model's forward does not have.
@@ -44,8 +47,9 @@ class Span:
         self,
         site: Site,
         model: torch.nn.Module,
-        start: torch.nn.Module,
+        start: torch.nn.Module | None,
         end: torch.nn.Module,
+        parameters: Sequence[str],
         *,
         where: str,
         budget: Budget,
@@ -54,18 +58,16 @@ class Span:
         self.site, self.model, self.start, self.end, self.where = site, model, start, end, where
         self.memo = Memo(where, budget, check)
         self.names = [name.removeprefix("model.") for name in site.key]
-        known = scope.parameters(model)
         for name in self.names:
-            if name not in known:
-                raise SiteError(f"{where}: the model's forward has no parameter `{name}`{suggest(name, known)}")
+            if name not in parameters:
+                raise SiteError(f"{where}: the model's forward has no parameter `{name}`{suggest(name, parameters)}")
         self._hooks: list = []
 
     def install(self) -> None:
         if not self._hooks:
-            self._hooks = [
-                self.start.register_forward_hook(scope.Hook(self.begin)),
-                self.end.register_forward_pre_hook(scope.Hook(self.finish), prepend=True),
-            ]
+            self._hooks = [self.end.register_forward_pre_hook(scope.Hook(self.finish), prepend=True)]
+            if self.start is not None:
+                self._hooks.append(self.start.register_forward_hook(scope.Hook(self.begin)))
 
     def remove(self) -> bool:
         for hook in self._hooks:
@@ -78,6 +80,7 @@ class Span:
         self.memo.cache.clear()
 
     displaced = False  # torch's hooks stay where they are
+    fixes = False
 
     def begin(self, *_) -> None:
         frame = scope.current()
@@ -90,6 +93,8 @@ class Span:
             if compiled_along(self.model, self.site.span[1]):
                 # A mode that is on when a compiled function is entered would have it compiled again.
                 raise Uncacheable("the submodule after it is compiled")
+            if self.names and frame.nameless:
+                raise Uncacheable("the model was called with positional arguments that its spec does not name")
             mode = _Watch(self, ambient(), [frame.argument(name) for name in self.names])
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
@@ -109,7 +114,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self, span: Span, around: Hashable, arguments: list[Any]) -> None:
         super().__init__()
         self.span, self.around = span, around
-        self.given = [value for value in arguments if isinstance(value, torch.Tensor)]
+        listed = [item for value in arguments for item in (value if isinstance(value, (list, tuple)) else (value,))]
+        self.given = [value for value in listed if isinstance(value, torch.Tensor)]
         self.known = {id(tensor): tensor for tensor in self.given}
         self.made: dict[int, Entry] = {}
 

@@ -18,8 +18,10 @@ from .errors import SpecError, quote, suggest
 from .marks import Document, Loc, Position, parse, read_file
 from .vocabulary import (
     Address,
+    AttributePath,
     ClassName,
     Count,
+    Dependency,
     Dtype,
     Facet,
     Facets,
@@ -30,6 +32,7 @@ from .vocabulary import (
     KeyName,
     Kind,
     ModelArgument,
+    ModuleName,
     Renewal,
     Requirement,
     Size,
@@ -57,7 +60,7 @@ __all__ = [
 ]
 
 MAX_COMPLAINTS = 50
-REPLACEMENTS = "dit_patch.functions"
+OWN_CODE = ("dit_patch.functions.", "dit_patch.hosts.")
 
 Complaint = tuple[Loc, str]
 
@@ -127,8 +130,9 @@ class Site(_Declared):
 
     at: Address = Field(
         description="What is called: `path.to.attribute` from the model (`*` is any one step), `forward:name` for a "
-        "global as the model's forward sees it, `package.module:name` for a global elsewhere, or `a..b` for the tensor "
-        "code that the forward itself runs between leaving submodule a and entering submodule b."
+        "global as the model's forward sees it, `package.module:name` for a global elsewhere, `pipeline:name` for a "
+        "method of the pipeline's stages that run the model, or `a..b` for the tensor code that the forward runs itself "
+        "between leaving submodule a (or, with no a, its beginning) and entering submodule b."
     )
     kind: Kind = Field(description="What the result is; users switch sites on by kind.")
     key: Mapping[KeyName, Facets] = Field(
@@ -142,19 +146,31 @@ class Site(_Declared):
     source: Sources = Field(
         default=(), description="Fingerprint(s) of the original's source that the function in `use` stands in for."
     )
-    reads: tuple[SubmodulePath, ...] = Field(
+    then: Function | None = Field(
+        default=None,
+        description="A function to put the result through, `package.module:name`, where that is all there is to do.",
+    )
+    reads: tuple[Dependency, ...] = Field(
         default=(),
-        description="Submodules whose weights the tensor arguments were computed with; a change of them is a miss.",
+        description="What else counts: submodules with whose weights the tensor arguments were computed (`*` is what it "
+        "is in `at`), and functions without arguments, `package.module:name`, whose value counts.",
     )
     device: Literal["model"] | None = Field(
         default=None, description="`model`: put the result where the model runs, once."
     )
     dtype: Dtype | None = Field(default=None, description="Convert the result to this dtype, once.")
-    clears: tuple[Identifier, ...] = Field(
-        default=(), description="Attributes to reset first, in which an earlier unpatched forward left its result."
+    clears: tuple[AttributePath, ...] = Field(
+        default=(),
+        description="Attributes, as paths from the model, in which a forward leaves the result: reset to None at the "
+        "start and whenever the model moves to another device.",
     )
     optional: Flag = Field(default=False, description="true: a model without this address is fine.")
     unused: Flag = Field(default=False, description="true: the result is never read, so a stand-in is returned.")
+    unused_with: tuple[ModelArgument, ...] = Field(
+        default=(),
+        description="Where all of these arguments of the model's forward are given, and every item of them, the result "
+        "is never read, and a stand-in is returned.",
+    )
     bind: Mapping[Identifier, ModelArgument] = Field(
         default={},
         description="Arguments to take from the model's own call, `{name: model.name}`; only if fixes are asked for.",
@@ -180,14 +196,24 @@ class Site(_Declared):
             raise ValueError(f"{quote(self.at)} is not a span")
         return start, end
 
+    @property
+    def names_code(self) -> tuple[str, ...]:
+        """The functions of `use`, `then` and `reads`, which are imported and called."""
+        return tuple(name for name in (self.use, self.then, *self.reads) if name and ":" in name)
+
     def _broken_rules(self) -> Iterator[Complaint]:
         if self.use and not self.source:
             yield ("use",), "needs `source`, the fingerprint of the original that it was checked against"
         if self.source and not self.use:
             yield ("source",), "goes only with `use`"
         if self.unused:
-            for name in self._given("key", "use", "source", "reads", "bind", "dtype"):
+            for name in self._given("key", "use", "source", "then", "reads", "unused_with", "bind"):
                 yield (name,), "says nothing next to `unused: true`: the result is never computed"
+        if self.then:
+            for name in sorted(self.model_fields_set - {"at", "kind", "then", "optional"}):
+                yield (name,), "does not go with `then`, which takes only at, kind and optional"
+        elif self.at.startswith("pipeline:"):
+            yield ("at",), "a method of the pipeline needs `then`: nothing that it returns is kept"
         if self.is_span:
             yield from self._broken_span_rules()
 
@@ -205,13 +231,16 @@ class Site(_Declared):
 
 
 class Input(_Declared):
-    """How to make one argument of the model's forward: a tensor of a shape, or a plain value."""
+    """How to make one argument of the model's forward: a tensor of a shape, a list of such, or a plain value."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["shape"]}, {"required": ["value"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["shape"]}, {"required": ["items"]}, {"required": ["value"]}]}
+    )
 
     shape: tuple[Size, ...] | None = Field(
         default=None, description="A tensor of this shape: sizes, or names that `sizes` binds."
     )
+    items: tuple["Input", ...] = Field(default=(), min_length=1, description="A list of these.")
     value: Any = Field(default=None, description="This very value, for an argument that is no tensor.")
     fill: Fill = Field(default="randn", description="What the tensor is filled with; a number fills it everywhere.")
     new: Renewal = Field(
@@ -228,13 +257,28 @@ class Input(_Declared):
         return "value" in self.model_fields_set
 
     def _broken_rules(self) -> Iterator[Complaint]:
-        if self.is_value and self.shape is not None:
-            yield ("value",), "an input has a `shape` or a `value`, not both"
+        kinds = self._given("shape", "items", "value")
+        if len(kinds) > 1:
+            yield (kinds[-1],), f"an input has a `{kinds[0]}` or a `{kinds[-1]}`, not both"
         elif self.is_value:
             for name in self._given("fill", "new", "dtype"):
                 yield (name,), "goes only with `shape`"
+        elif self.items:
+            for name in self._given("fill", "dtype"):
+                yield (name,), "goes only with `shape`; each item has its own"
+            for index, item in enumerate(self.items):
+                for name in item._given("new"):
+                    yield ("items", index, name), "goes with the whole list, not with one of its items"
         elif self.shape is None:
-            yield (), "an input needs a `shape` (a tensor) or a `value`"
+            yield (), "an input needs a `shape` (a tensor), `items` (a list of them) or a `value`"
+
+    def symbols(self) -> Iterator[tuple[Loc, str | int]]:
+        """The sizes and names in its shape and those of its items, with where they stand in it."""
+        for index, symbol in enumerate(self.shape or ()):
+            yield ("shape", index), symbol
+        for index, item in enumerate(self.items):
+            for loc, symbol in item.symbols():
+                yield ("items", index, *loc), symbol
 
 
 class Case(_Declared):
@@ -247,16 +291,29 @@ class Case(_Declared):
     inputs: Mapping[Identifier, Input | None] = Field(
         default={}, description="The arguments of the model's forward; null leaves one out."
     )
+    rollout: Function | None = Field(
+        default=None,
+        description="Instead of `inputs`, where forwards depend on each other (through a KV cache): a function that "
+        "makes the arguments of each forward of a generation, `package.module:name`.",
+    )
+
+    def _broken_rules(self) -> Iterator[Complaint]:
+        if self.rollout and self.inputs:
+            yield ("rollout",), "makes the arguments itself; `inputs` does not go with it"
 
 
 class Mini(Case):
     """A model tiny enough to build with random weights and run anywhere, and its variants."""
 
+    host: ModuleName | None = Field(
+        default=None,
+        description="A module whose `prepare()` and `build(cls, config)` know what the model's library needs.",
+    )
     config: Mapping[str, Any] = Field(description="What the model's class is built with.")
     sizes: tuple[Mapping[Identifier, Count], ...] = Field(
         min_length=1, description="What the names in shapes stand for, one mapping for each size to try."
     )
-    inputs: Mapping[Identifier, Input] = Field(min_length=1, description="The arguments of the model's forward.")
+    inputs: Mapping[Identifier, Input] = Field(default={}, description="The arguments of the model's forward.")
     variants: Mapping[str, Case] = Field(
         default={}, description="Other ways to build and call the model, each merged over what stands above."
     )
@@ -271,6 +328,9 @@ class Mini(Case):
         return _merged(self, self.variants[variant])
 
     def _broken_rules(self) -> Iterator[Complaint]:
+        yield from super()._broken_rules()
+        if not self.inputs and not self.rollout:
+            yield (), "needs `inputs` (or a `rollout`): what to call the model with"
         yield from _unbound((), self, self)
         for name, variant in self.variants.items():
             yield from _unbound(("variants", name), variant, self)
@@ -286,6 +346,10 @@ class Spec(_Declared):
     )
     models: Annotated[tuple[ClassName, ...], AfterValidator(no_repeats)] = Field(
         default=(), min_length=1, description="Several classes, where one spec fits them all."
+    )
+    parameters: Annotated[tuple[Identifier, ...], AfterValidator(no_repeats)] = Field(
+        default=(),
+        description="The positional parameters of the model's forward, where its signature does not name them.",
     )
     extends: SpecName | None = Field(
         default=None,
@@ -363,13 +427,14 @@ class Spec(_Declared):
 
 
 def _merged(base: Case, over: Case) -> Case:
-    inputs = {**base.inputs, **over.inputs}
-    merged = Case(
-        config={**base.config, **over.config},
-        sizes=over.sizes or base.sizes,
-        inputs={name: given for name, given in inputs.items() if given is not None},
-    )
-    return merged.model_copy(deep=True)
+    parts = {"config": {**base.config, **over.config}, "sizes": over.sizes or base.sizes}
+    rollout = over.rollout or (None if over.inputs else base.rollout)
+    if rollout:
+        parts["rollout"] = rollout
+    else:
+        inputs = {**base.inputs, **over.inputs}
+        parts["inputs"] = {name: given for name, given in inputs.items() if given is not None}
+    return Case(**parts).model_copy(deep=True)
 
 
 def _unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
@@ -381,11 +446,11 @@ def _unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
     for name, given in {**base.inputs, **own.inputs}.items():
         if given is None or not (name in own.inputs or own.sizes):
             continue
-        for index, symbol in enumerate(given.shape or ()):
+        for at, symbol in given.symbols():
             number = next((number for number, size in enumerate(sizes) if symbol not in size), None)
             if isinstance(symbol, int) or number is None:
                 continue
-            here = ("inputs", name, "shape", index) if name in own.inputs else ("sizes", number)
+            here = ("inputs", name, *at) if name in own.inputs else ("sizes", number)
             hint = suggest(symbol, sizes[number])
             yield (
                 (*loc, *here),
@@ -412,6 +477,7 @@ def extend(base: Spec, spec: Spec) -> Spec:
     return spec.model_copy(
         update={
             "requires": tuple(dict.fromkeys((*base.requires, *spec.requires))),
+            "parameters": spec.parameters or base.parameters,
             "blocks": tuple({each.at: each for each in (*base.blocks, *spec.blocks)}.values()),
             "sites": tuple({each.at: each for each in (*base.sites, *spec.sites)}.values()),
             "step_cache": spec.step_cache or base.step_cache,
@@ -472,11 +538,19 @@ def _build(document: Document, name: str, trusted: bool) -> Spec:
 
 def _untrusted(document: Document) -> Iterator[tuple[Position, str]]:
     for loc, place in document.places.items():
-        if len(loc) == 3 and loc[0] == "sites" and loc[2] == "use" and place.text:
-            module = place.text.partition(":")[0]
-            if not f"{module}.".startswith(f"{REPLACEMENTS}."):
-                message = (
-                    f"{quote(place.text)} is code outside `{REPLACEMENTS}`, which a spec of your own may name only "
-                    "if you trust it: trust=True, or --trust-specs"
-                )
-                yield place.start, f"{dotted(loc)}: {message}"
+        if not place.text or not _names_code(loc, place.text):
+            continue
+        module = place.text.partition(":")[0]
+        if not f"{module}.".startswith(OWN_CODE):
+            message = (
+                f"{quote(place.text)} is code outside `{OWN_CODE[0].rstrip('.')}`, which a spec of your own may name "
+                "only if you trust it: trust=True, or --trust-specs"
+            )
+            yield place.start, f"{dotted(loc)}: {message}"
+
+
+def _names_code(loc: Loc, text: str) -> bool:
+    """Whether what stands there is imported and called, other than what is patched itself."""
+    if loc[0] == "sites":
+        return len(loc) > 2 and (loc[2] in ("use", "then") or (loc[2] == "reads" and ":" in text))
+    return loc[0] in ("mini", "bench") and loc[-1] in ("host", "rollout")

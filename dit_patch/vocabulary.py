@@ -18,8 +18,9 @@ _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 _MODULE = rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*"
 _STEP = r"(?:[A-Za-z_][A-Za-z0-9_]*|[0-9]+)"
 _PATH = rf"{_STEP}(?:\.{_STEP})*"
-_SPAN = rf"{_PATH}\.\.{_PATH}"
+_SPAN = rf"(?:{_PATH})?\.\.{_PATH}"
 _ATTRIBUTE = rf"(?:(?:{_STEP}|\*)\.)*{_IDENTIFIER}"
+_BRANCH = rf"(?:{_STEP}|\*)(?:\.(?:{_STEP}|\*))*"
 _GLOBAL = rf"{_MODULE}:{_IDENTIFIER}"
 
 
@@ -50,16 +51,28 @@ Address = Annotated[
     str,
     _Shape(
         rf"{_SPAN}|{_ATTRIBUTE}|{_GLOBAL}",
-        "an address; it is `path.to.attribute` (`*` is any one step, not the last), `forward:name`, "
+        "an address; it is `path.to.attribute` (`*` is any one step, not the last), `forward:name`, `pipeline:name`, "
         "`package.module:name`, or `a..b` for the span between two submodules (no `*`)",
     ),
 ]
+AttributePath = Annotated[
+    str,
+    _Shape(_ATTRIBUTE, "the path of an attribute, such as `blocks.*.attn.table` (`*` is any one step, not the last)"),
+]
+Dependency = Annotated[
+    str,
+    _Shape(
+        rf"{_BRANCH}|{_GLOBAL}",
+        "the path of a submodule, such as `blocks.0.attn`, or a function, `package.module:name`",
+    ),
+]
+ModuleName = Annotated[str, _Shape(_MODULE, "the dotted name of a Python module")]
 KeyName = Annotated[str, _Shape(rf"(?:model\.)?{_IDENTIFIER}", "an argument's name; it is `name` or `model.name`")]
 ModelArgument = Annotated[str, _Shape(rf"model\.{_IDENTIFIER}", "an argument of the model's forward, `model.name`")]
 Function = Annotated[str, _Shape(_GLOBAL, "a function, `package.module:name`")]
 Fingerprint = Annotated[str, _Shape("[0-9a-f]{12}", "a source fingerprint, 12 hexadecimal digits (0-9, a-f)")]
 
-Kind = Literal["rope", "timestep", "mask", "context", "rotary"]
+Kind = Literal["rope", "timestep", "mask", "context", "rotary", "kv_cache"]
 Facet = Literal["shape", "dtype", "device", "identity", "values"]
 FillWord = Literal["randn", "timestep", "mask", "zeros", "ones"]
 Renewal = Literal["generation", "pass", "step", "call"]

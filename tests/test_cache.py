@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from dit_patch.cache import Budget, Cache, Entry, map_tensors, tensors_in
+from dit_patch.cache import LAST, Budget, Cache, Entry, map_tensors, tensors_in
 
 Pair = collections.namedtuple("Pair", "one two")
 
@@ -23,6 +23,11 @@ def caches(max_bytes, count=2):
     return budget, *(Cache(budget) for _ in range(count))
 
 
+def forwards_go_by(budget, count=LAST):
+    for _ in range(count):
+        budget.begin()
+
+
 # Room.
 
 
@@ -31,6 +36,7 @@ def test_all_caches_of_a_budget_share_it():
     one.put("a", entry())
     other.put("a", entry())
     assert (budget.used, one.nbytes, other.nbytes) == (200, 100, 100)
+    forwards_go_by(budget)
     one.put("b", entry())
     assert (budget.used, one.nbytes, other.nbytes) == (200, 100, 100)
     assert list(one.entries) == ["b"] and list(other.entries) == ["a"]
@@ -38,14 +44,16 @@ def test_all_caches_of_a_budget_share_it():
 
 
 def test_what_was_not_used_for_longest_goes_first_whatever_cache_it_is_in():
-    _, one, other = caches(300)
+    budget, one, other = caches(300)
     first, second, third = entry(), entry(), entry()
     one.put("first", first), other.put("second", second), one.put("third", third)
     one.hit(first)
+    forwards_go_by(budget)
     one.put("fourth", entry())
     assert list(other.entries) == []
     assert list(one.entries) == ["first", "third", "fourth"]
     one.hit(third)
+    forwards_go_by(budget)
     one.put("fifth", entry())
     assert list(one.entries) == ["third", "fourth", "fifth"]
 
@@ -54,6 +62,7 @@ def test_as_many_go_as_it_takes_and_no_more():
     budget, one, other = caches(300)
     for name in "abc":
         one.put(name, entry())
+    forwards_go_by(budget)
     other.put("large", entry(150))
     assert list(one.entries) == ["c"]
     assert (budget.used, one.evictions) == (250, 2)
@@ -63,8 +72,35 @@ def test_an_entry_just_as_large_as_the_budget_fits():
     budget, one, other = caches(100)
     other.put("a", entry(10))
     assert budget.fits(100) and not budget.fits(101)
+    forwards_go_by(budget)
     one.put("b", entry(100))
     assert (list(one.entries), list(other.entries), budget.used) == (["b"], [], 100)
+
+
+def test_what_one_of_the_last_forwards_used_is_not_given_up():
+    budget, one, other = caches(300)
+    kept = entry()
+    one.put("kept", kept), one.put("a", entry()), one.put("b", entry())
+    for _ in range(2 * LAST):
+        forwards_go_by(budget, LAST - 1)
+        one.hit(kept)
+    assert other.put("c", entry()) and other.put("d", entry())
+    assert not other.put("e", entry())
+    assert (list(one.entries), list(other.entries), budget.used) == (["kept"], ["c", "d"], 300)
+    forwards_go_by(budget)
+    assert other.put("e", entry()) and list(one.entries) == []
+
+
+def test_what_is_asked_for_in_turns_and_does_not_fit_hits_as_far_as_it_fits():
+    budget, one, _ = caches(250)
+    for forward in range(3):
+        budget.begin()
+        for name in "abcd":
+            if name in one.entries:
+                one.hit(one.entries[name])
+            else:
+                one.put(name, entry())
+    assert (list(one.entries), one.hits, one.evictions) == (["a", "b"], 4, 0)
 
 
 def test_a_key_stored_again_takes_the_old_entry_s_place_and_bytes():

@@ -144,17 +144,17 @@ def waits(counts: Counts) -> Counter:
 
 def count_in_sites(monkeypatch, accelerator) -> Counts:
     """What the device is asked for, from now on, by code whose results dit_patch keeps; it still counts as before."""
-    compute, found = Memo._compute, Counts()
+    timed, found = Memo.timed, Counts()
 
-    def counted(memo, call):
+    def counted(memo, compute):
         before = accelerator.take()
-        result = compute(memo, call)
+        result = timed(memo, compute)
         found.add(accelerator.counts)
         before.add(accelerator.take())
         accelerator.counts = before
         return result
 
-    monkeypatch.setattr(Memo, "_compute", counted)
+    monkeypatch.setattr(Memo, "timed", counted)
     return found
 
 

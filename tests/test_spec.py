@@ -198,7 +198,7 @@ class TestComplaints:
         [
             (
                 {"kind": "ropee"},
-                "kind: expected one of rope, timestep, mask, context, rotary, not `ropee`; did you mean `rope`?",
+                "kind: expected one of rope, timestep, mask, context, rotary, kv_cache, not `ropee`; did you mean `rope`?",
             ),
             ({"key": {"x": ["shap"]}}, "not `shap`; did you mean `shape`?"),
             ({"key": {"x": []}}, "key.x: must not be empty"),
@@ -212,9 +212,17 @@ class TestComplaints:
             ({"at": True}, "at: expected text, and `true` is read as true or false; put it in quotes"),
             ({"at": None}, "sites.0: `at` is missing"),
             ({"optional": "yes"}, "optional: expected true or false, not `yes`"),
-            ({"clears": ["a.b"]}, "clears.0: `a.b` is not a name"),
+            ({"clears": ["a."]}, "clears.0: `a.` is not the path of an attribute"),
             ({"bind": {"n": "n"}}, "bind.n: `n` is not an argument of the model's forward, `model.name`"),
-            ({"reads": ["blocks.*"]}, "reads.0: `blocks.*` is not the path of a submodule"),
+            ({"reads": ["blocks."]}, "reads.0: `blocks.` is not the path of a submodule"),
+            ({"reads": ["a.b:c.d"]}, "reads.0: `a.b:c.d` is not the path of a submodule"),
+            ({"unused_with": ["x"]}, "unused_with.0: `x` is not an argument of the model's forward, `model.name`"),
+            ({"then": "dit_patch.functions.f"}, "then: `dit_patch.functions.f` is not a function"),
+            ({"at": "pipeline:f"}, "at: a method of the pipeline needs `then`"),
+            (
+                {"then": "dit_patch.functions.f:g", "key": {"x": ["shape"]}},
+                "key: does not go with `then`, which takes only at, kind and optional",
+            ),
             ({"use": "dit_patch.functions.masks:dense"}, "use: needs `source`"),
             ({"use": "dit_patch.functions.masks.dense", "source": "0" * 11 + "a"}, "is not a function"),
             ({"source": "00000000000a"}, "source: goes only with `use`"),
@@ -228,7 +236,7 @@ class TestComplaints:
     def test_a_broken_site_is_told_what_to_write(self, change, words):
         assert words in complaint(with_site(**change))
 
-    @pytest.mark.parametrize("name", ["key", "use", "source", "reads", "bind", "dtype"])
+    @pytest.mark.parametrize("name", ["key", "use", "source", "reads", "bind", "then", "unused_with"])
     def test_an_unused_result_has_nothing_that_says_how_to_make_it(self, name):
         given = {
             "key": {"x": ["shape"]},
@@ -236,7 +244,8 @@ class TestComplaints:
             "source": "00000000000a",
             "reads": ["a"],
             "bind": {"n": "model.n"},
-            "dtype": "float32",
+            "then": "dit_patch.functions.kv_cache:integer_indices",
+            "unused_with": ["model.kv_cache"],
         }[name]
         assert f"sites.0.{name}: says nothing next to `unused: true`" in complaint(
             with_site(unused=True, **{name: given})
@@ -301,9 +310,17 @@ class TestComplaints:
                 {"variants": {"v": {"inputs": {"z": None}}}},
                 "variants.v.inputs.z: leaves out an input that `mini` does not have",
             ),
-            ({"inputs": {}}, "inputs: must not be empty"),
+            ({"inputs": {}}, "mini: needs `inputs` (or a `rollout`)"),
+            ({"rollout": "dit_patch.hosts.fastvideo:causal_wan"}, "rollout: makes the arguments itself"),
+            ({"inputs": {"x": {"items": []}}}, "inputs.x.items: must not be empty"),
+            ({"inputs": {"x": {"items": [{"shape": ["g"]}]}}}, "inputs.x.items.0.shape.0: the shape of `x` uses `g`"),
+            ({"inputs": {"x": {"items": [{"shape": [1], "new": "step"}]}}}, "items.0.new: goes with the whole list"),
+            ({"inputs": {"x": {"items": [{"shape": [1]}], "fill": "ones"}}}, "each item has its own"),
             ({"inputs": {"x": None}}, "inputs.x: expected a mapping (`name: value`), not nothing"),
-            ({"inputs": {"x": {}}}, "inputs.x: an input needs a `shape` (a tensor) or a `value`"),
+            (
+                {"inputs": {"x": {}}},
+                "inputs.x: an input needs a `shape` (a tensor), `items` (a list of them) or a `value`",
+            ),
             ({"inputs": {"x": {"shape": [1], "value": None}}}, "an input has a `shape` or a `value`, not both"),
             ({"inputs": {"x": {"value": 1, "fill": "ones"}}}, "fill: goes only with `shape`"),
             ({"inputs": {"x": {"shape": [1], "fill": "rand"}}}, "expected a number or one of randn, timestep, mask"),
@@ -359,7 +376,6 @@ def test_each_form_of_an_address_is_understood(at):
         "a:",
         "*:f",
         "a..",
-        "..b",
         "a...b",
         "a..*",
         "a.*..b",

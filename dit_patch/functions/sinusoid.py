@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from ..keys import default_device, on_a_real_device
+
 
 def timesteps(original, instance, args, kwargs) -> torch.Tensor:
     """For `diffusers.models.embeddings.Timesteps.forward`: (N,) of any real dtype -> (N, num_channels) float32.
@@ -46,6 +48,22 @@ def skyreels_timesteps(original, instance, args, kwargs) -> torch.Tensor:
     return embedding.reshape(*timesteps.shape, instance.num_channels) if timesteps.dim() > 1 else embedding
 
 
+def timestep_embedding(original, instance, args, kwargs) -> torch.Tensor:
+    """For FastVideo's `timestep_embedding(t, dim, max_period, dtype)`: (N,) of any real dtype -> (N, dim).
+
+    The table is made on the default device, as there, and kept on that of `t`; in float32 unless `dtype` says otherwise.
+    """
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    t, dim, max_period, dtype = bound.args
+    table = _periods(dim // 2, max_period, dtype, default_device(), t.device, _stream(t.device))
+    angles = t[:, None].float() * table[None]
+    halves = [torch.cos(angles), torch.sin(angles)]
+    if dim % 2:
+        halves.append(torch.zeros_like(angles[:, :1]))
+    return torch.cat(halves, dim=-1)
+
+
 def _stream(device: torch.device) -> int | None:
     # A table is only sure to be finished on the stream that it was built on.
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
@@ -54,7 +72,12 @@ def _stream(device: torch.device) -> int | None:
 def _table(build):
     @functools.lru_cache(maxsize=32)
     def build_plain(*key) -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(key[-2].type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(key[-2].type, enabled=False),
+            on_a_real_device(),
+        ):
             return build(*key)
 
     return build_plain
@@ -72,3 +95,8 @@ def _powers(channels: int, device: torch.device, stream: int | None) -> torch.Te
     omega = torch.arange(channels // 2, device=device, dtype=dtype)
     omega /= channels / 2.0
     return 1.0 / 10000**omega
+
+
+@_table
+def _periods(half: int, max_period: int, dtype: torch.dtype, default, device, stream: int | None) -> torch.Tensor:
+    return torch.exp(-math.log(max_period) * torch.arange(start=0, end=half, dtype=dtype) / half).to(device=device)

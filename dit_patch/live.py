@@ -1,0 +1,130 @@
+"""A site of a spec made live on a model: its names looked up there, its replacement checked, its patches made.
+
+Changes nothing yet; installing the patches does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from . import resolve, scope, wrapped
+from .cache import Budget
+from .errors import SiteError, suggest
+from .patch import Means, Patch
+from .source import fingerprint
+from .span import Span
+from .spec import Site, Spec
+
+
+ABSENT = "not in this model"
+ABSENT_STAGE = "not in this pipeline"
+
+
+def live(
+    spec: Spec,
+    site: Site,
+    model: torch.nn.Module,
+    target: Any,
+    *,
+    budget: Budget,
+    check: str,
+    fixes: bool,
+) -> tuple[list[Patch | Span], str | None]:
+    """The patches of one site, and what there is to say of it in the report.
+
+    Args:
+        target: what was given to `apply`, a pipeline or the model itself.
+
+    Raises:
+        SiteError: where the spec names something that is not there.
+    """
+    where = f"{spec.name}: {site.at} ({site.origin})"
+    strange = resolve.own_forward(model, spec.classes)
+    if strange and _counts_on_the_forward(site):
+        return [], f"left alone: it counts on the forward that {type(model).__name__} replaces"
+    try:
+        if site.is_span:
+            ends = [resolve.submodules(model, path, where)[0] if path else None for path in site.span]
+        else:
+            targets = resolve.targets(model, site.at, where, target)
+        leftovers = _leftovers(model, site.clears, where)
+    except SiteError:
+        if site.optional:
+            return [], ABSENT_STAGE if site.at.startswith("pipeline:") else ABSENT
+        if not strange:
+            raise
+        return [], f"not in {type(model).__name__}, which has a forward of its own"
+    parameters = (*scope.parameters(model), *spec.parameters)
+    if site.is_span:
+        return [Span(site, model, *ends, parameters, where=where, budget=budget, check=check)], None
+    note = None
+    replacement = _replacement(site, *targets[0], where) if site.use else None
+    if site.use and replacement is None:
+        note = f"{site.use} is for another version of the original, and not used"
+        if not site.key:
+            return [], note
+    means = Means(
+        parameters=parameters,
+        open_ended=scope.takes_any(model),
+        replacement=replacement,
+        then=resolve.function(site.then, where) if site.then else None,
+        values=[resolve.function(name, where) for name in site.reads if ":" in name],
+        leftovers=leftovers,
+    )
+    patches: list[Patch | Span] = []
+    for (owner, name), stars in zip(targets, _stars(model, site.at, where)):
+        paths = [resolve.filled_in(path, stars) for path in site.reads if ":" not in path]
+        modules = [module for path in paths for module in resolve.submodules(model, path, where)]
+        own = replace(means, modules=modules, leftovers=() if patches else means.leftovers)
+        patches.append(Patch(site, model, owner, name, own, where=where, budget=budget, check=check, fixes=fixes))
+    return patches, note
+
+
+def _counts_on_the_forward(site: Site) -> bool:
+    """Whether the site is only right inside the forward that its spec was written for."""
+    return bool(site.is_span or site.unused or site.unused_with or any(name.startswith("model.") for name in site.key))
+
+
+def _stars(model: torch.nn.Module, at: str, where: str) -> Iterable[tuple[str, ...]]:
+    """What the `*` of an address stand for, for each attribute that it names."""
+    if ":" in at:
+        return repeat(())
+    return [stars for _, stars in resolve.branches(model, at.rpartition(".")[0], where)]
+
+
+def _leftovers(model: torch.nn.Module, paths: Iterable[str], where: str) -> list[tuple[torch.nn.Module, str]]:
+    """The attributes at these paths, as (owner, name)."""
+
+    def found() -> Iterator[tuple[torch.nn.Module, str]]:
+        for path in paths:
+            place, _, name = path.rpartition(".")
+            for owner in resolve.submodules(model, place, where):
+                if not hasattr(owner, name):
+                    near = suggest(name, vars(owner))
+                    raise SiteError(f"{where}: a {type(owner).__name__} has no attribute `{name}`{near}")
+                yield owner, name
+
+    return list(found())
+
+
+def _replacement(site: Site, owner: Any, name: str, where: str) -> Any:
+    """The function that `use:` names; None, with a warning, where the original is not the one that it replaces."""
+    replacement = resolve.function(site.use, where)
+    try:
+        actual = fingerprint(wrapped.innermost(owner, name))
+    except (OSError, TypeError):
+        actual = "unreadable"
+    if actual in site.source:
+        return replacement
+    warnings.warn(
+        f"dit_patch: {where}: the original's source is {actual}, and {site.use} was written for "
+        f"{', '.join(site.source)}; the original is used.",
+        stacklevel=5,
+    )
+    return None

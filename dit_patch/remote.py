@@ -1,0 +1,285 @@
+"""`apply` for pipelines that live in worker processes, as those of FastVideo's `VideoGenerator` do.
+
+The executor's `collective_rpc` takes a function of this module to every worker, where it makes the handle of that
+worker's pipeline, or finds it through the hooks of the models. It answers with plain data and never raises: FastVideo
+ends the worker, and then the caller, when a call raises. Knows nothing of how models are patched, imports no FastVideo.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.pool import RemoteTraceback
+from typing import Any
+
+import torch
+
+from . import errors, handle, resolve
+from .errors import DitPatchError, UnsupportedModelError
+from .report import SiteStats, text
+from .scope import scope_of
+
+_OURS = "dit_patch: "
+"""How our warnings begin."""
+
+
+def is_remote(target: Any) -> bool:
+    """Whether the models of `target` live in worker processes; true of a `VideoGenerator` that was shut down, too."""
+    executor = getattr(target, "executor", None)
+    if callable(getattr(executor, "collective_rpc", None)):
+        return True
+    if isinstance(target, torch.nn.Module):
+        return False
+    if any(isinstance(getattr(target, name, None), Mapping) for name in ("components", "modules")):
+        return False
+    return executor is not None or callable(getattr(target, "generate_video", None))
+
+
+def apply(target: Any, **options: Any) -> RemoteHandle:
+    """Patch the pipeline in each worker of `target`, in all of them or in none; `options` as for `dit_patch.apply`.
+
+    Like a generation it keeps the workers busy: not to be called while one runs in another thread.
+
+    Raises:
+        UnsupportedModelError: the executor has no `collective_rpc`.
+        DitPatchError: the workers are gone, or do not answer.
+        The class of error that a worker's own `apply` raised, with its message and rank.
+    """
+    executor = _executor(target)
+    answers = _ask(executor, _apply, _portable(options), uuid.uuid4().hex)
+    if any(answer.failure for answer in answers):
+        made = {answer.rank: answer.value.token for answer in answers if answer.value and answer.value.made}
+        undone = _ask(executor, _call, made, "remove") if made else []
+        raise _error([*answers, *undone])
+    return RemoteHandle(executor, {answer.rank: answer.value.token for answer in answers}, answers[0].value.options)
+
+
+class RemoteHandle:
+    """The handles of all workers in one: print it for the report, `remove()` it to take everything back.
+
+    Does everything that a `Handle` does, but has no `models`. `max_bytes` is what each worker may hold; where there are
+    several, each row says of which rank it is.
+    """
+
+    def __init__(self, executor: Any, tokens: Mapping[int, str], options: handle.Options) -> None:
+        self.options = options
+        self._executor = executor
+        self._tokens = dict(tokens)
+        self._last: list[SiteStats] | None = None
+
+    def remove(self) -> None:
+        """Take every patch back in every worker; harmless when repeated, and when the workers are gone."""
+        if self._last is None:
+            with suppress(_Gone):
+                self._last = self._call("remove")
+
+    def clear(self) -> None:
+        """Forget every cached result; counters stay."""
+        if self._last is None:
+            self._call("clear")
+
+    def repair(self) -> None:
+        """Put back the patches that another library has displaced."""
+        self._call("repair")
+
+    def stats(self) -> list[SiteStats]:
+        """The rows of `Handle.stats` from every worker; after `remove` those that it left."""
+        return self._call() if self._last is None else list(self._last)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all caches of all workers hold now."""
+        return sum(row.nbytes for row in self.stats())
+
+    def __str__(self) -> str:
+        rows = self.stats()
+        held, allowed = sum(row.nbytes for row in rows), self.options.max_bytes * len(self._tokens)
+        return text(rows, allowed, held)
+
+    def __eq__(self, other: object) -> bool:
+        return self._tokens == other._tokens if isinstance(other, RemoteHandle) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._tokens.items()))
+
+    def __enter__(self) -> RemoteHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _call(self, *methods: str) -> list[SiteStats]:
+        """Call methods of every worker's handle; the rows after that."""
+        answers = _ask(self._executor, _call, self._tokens, *methods)
+        if any(answer.failure for answer in answers):
+            raise _error(answers)
+        found = [answer for answer in answers if answer.value is not None]
+        if not found:
+            raise _Gone(
+                "nothing of this handle is left in the workers: it was removed, or the models were loaded anew.\n"
+                "    Call dit_patch.apply(generator) again."
+            )
+        several = len(answers) > 1
+        return [
+            replace(row, model=f"rank {answer.rank}: {row.model}") if several else row
+            for answer in found
+            for row in answer.value
+        ]
+
+
+class _Gone(DitPatchError):
+    """The workers, or what was patched in them, are no more."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker raised, as it can be sent: `kind` is a class of `dit_patch.errors`, "" for anybody else's."""
+
+    kind: str
+    message: str
+    trace: str
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one worker says to one call."""
+
+    rank: int
+    value: Any = None
+    failure: _Failure | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """A worker's handle: the name it goes by between caller and worker, and whether this call made it."""
+
+    token: str
+    options: handle.Options
+    made: bool
+
+
+def _answer(worker: Any, act: Callable, *args: Any) -> _Answer:
+    """Runs in a worker, and is what `collective_rpc` takes there: `act(worker, *args)`, with what we warn of in it."""
+    value, failure = None, None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _OURS)
+        try:
+            value = act(worker, *args)
+        except Exception as error:
+            ours = isinstance(error, DitPatchError)
+            message = str(error) if ours else f"{type(error).__name__}: {error}"
+            failure = _Failure(type(error).__name__ if ours else "", message, traceback.format_exc())
+    ours, others = [], []
+    for each in caught:
+        (ours if str(each.message).startswith(_OURS) else others).append(each)
+    for each in others:
+        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+    said = tuple(dict.fromkeys(str(each.message).removeprefix(_OURS) for each in ours))
+    return _Answer(getattr(worker, "rank", 0), value, failure, said)
+
+
+def _apply(worker: Any, options: dict[str, Any], token: str) -> _Applied:
+    pipeline = worker.pipeline
+    if getattr(pipeline, "post_init_called", True) is False:
+        # FastVideo leaves the end of loading, compilation with it, to a worker's first generation.
+        pipeline.post_init()
+    existing = _existing(pipeline)
+    applied = handle.apply(pipeline, **options)
+    token = vars(applied).setdefault("token", token)
+    return _Applied(token, applied.options, made=applied is not existing)
+
+
+def _call(worker: Any, tokens: dict[int, str], *methods: str) -> list[SiteStats] | None:
+    """Call methods of this worker's handle; its rows after that, or None where it is not there any more."""
+    existing = _existing(worker.pipeline) if worker.rank in tokens else None
+    if existing is None or vars(existing).get("token") != tokens[worker.rank]:
+        return None
+    for method in methods:
+        getattr(existing, method)()
+    return existing.stats()
+
+
+def _existing(pipeline: Any) -> handle.Handle | None:
+    scopes = (scope_of(model) for model in resolve.models(pipeline).values())
+    return next((scope.finished.__self__.handle for scope in scopes if scope is not None), None)
+
+
+def _executor(target: Any) -> Any:
+    executor = getattr(target, "executor", None)
+    if executor is None:
+        raise _Gone(_shut_down(type(target).__name__))
+    if not callable(getattr(executor, "collective_rpc", None)):
+        raise UnsupportedModelError(
+            f"the models of this {type(target).__name__} are out of reach: its executor, a {type(executor).__name__}, "
+            "has no `collective_rpc`.\n"
+            '    Use one of FastVideo\'s own (distributed_executor_backend="mp" or "ray"), or call '
+            "dit_patch.apply(pipeline) in the process that holds the pipeline."
+        )
+    return executor
+
+
+def _portable(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `apply` as another process understands them."""
+    portable = dict(options)
+    only, specs = portable.get("only"), portable.get("specs", ())
+    if only is not None and not isinstance(only, str):
+        portable["only"] = tuple(only)
+    specs = (specs,) if isinstance(specs, (str, os.PathLike)) else specs
+    portable["specs"] = tuple(os.path.abspath(each) for each in specs)
+    return portable
+
+
+def _ask(executor: Any, act: Callable, *args: Any) -> list[_Answer]:
+    """Have every worker do `act`; what they warn of is warned of here."""
+    if getattr(executor, "_streaming_enabled", False):
+        raise DitPatchError(
+            "the workers are in FastVideo's streaming loop, and answer nothing else until it ends.\n"
+            "    Call dit_patch.apply(generator) before the first reset(), or executor.disable_streaming() first."
+        )
+    try:
+        answers = executor.collective_rpc(_answer, args=(act, *args))
+    except Exception as error:
+        raise DitPatchError(
+            f"the workers did not answer: {type(error).__name__}: {error}\n"
+            "    If one of them has died, make a new generator; its machine must have dit_patch installed, too."
+        ) from error
+    if not answers:
+        raise _Gone(_shut_down("generator"))
+    if not all(isinstance(answer, _Answer) for answer in answers):
+        raise DitPatchError(
+            "the workers gave the answer to another call; was a generation running in another thread?\n"
+            "    Make a new generator, and let one call end before the next."
+        )
+    for line in _by_rank((said, answer.rank) for answer in answers for said in answer.warnings):
+        warnings.warn(f"{_OURS}{line}", stacklevel=5)
+    return answers
+
+
+def _shut_down(what: str) -> str:
+    return f"this {what} has been shut down, and its workers with it; make a new one"
+
+
+def _error(answers: Sequence[_Answer]) -> DitPatchError:
+    """The first worker's error, with the messages of all."""
+    failed = [answer for answer in answers if answer.failure]
+    first = failed[0].failure
+    error = getattr(errors, first.kind, DitPatchError)(
+        "\n".join(_by_rank((answer.failure.message, answer.rank) for answer in failed))
+    )
+    if not first.kind:
+        error.__cause__ = RemoteTraceback(first.trace)
+    return error
+
+
+def _by_rank(said: Iterable[tuple[str, int]]) -> list[str]:
+    """A line for each different thing said, with the ranks that say it."""
+    ranks: dict[str, list[int]] = {}
+    for words, rank in said:
+        ranks.setdefault(words, []).append(rank)
+    return [f"rank{'s' if len(each) > 1 else ''} {', '.join(map(str, each))}: {words}" for words, each in ranks.items()]
