@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from os import PathLike
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from packaging.requirements import Requirement
@@ -30,8 +30,12 @@ from .scope import Frame, Scope, forget_copies, scope_of
 from .span import Span
 from .spec import Kind, Site, Spec
 
+if TYPE_CHECKING:
+    from .remote import RemoteHandle
+
 KINDS: tuple[str, ...] = get_args(Kind)
-_WEIGHT_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
+_MODEL_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
+_PIPELINE_EDITS = ("set_lora_adapter", "merge_lora_weights", "unmerge_lora_weights")
 """Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
 
 
@@ -56,13 +60,14 @@ def apply(
     strict: bool = True,
     specs: Iterable[str | PathLike] = (),
     trust: bool = False,
-) -> Handle:
+) -> Handle | RemoteHandle:
     """Patch the transformers of `target` so that what does not change between steps is computed once: same bits out.
 
     Called again with the same options it returns the same handle, and puts back what another library has displaced.
 
     Args:
-        target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too.
+        target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too; or FastVideo's
+            `VideoGenerator`, whose models are patched in its worker processes.
         only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary"; all by default.
         max_bytes: what all caches of this handle may hold together, in bytes.
         check: "first" computes the first hit of each new signature again and compares it bit for bit, "always" every
@@ -78,6 +83,12 @@ def apply(
         VersionError: an installed package is outside the spec's `requires`.
         DitPatchError: already patched with other options, or an option that does not exist.
     """
+    from . import remote  # which uses this module in the workers
+
+    if remote.is_remote(target):
+        return remote.apply(
+            target, only=only, max_bytes=max_bytes, check=check, fixes=fixes, strict=strict, specs=specs, trust=trust
+        )
     specs = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
     options = _options(only, max_bytes, check, fixes, specs)
     found = _with_specs(resolve.models(target), Registry(specs, trust=trust))
@@ -93,6 +104,7 @@ def apply(
         for name, (model, spec) in found.items():
             forget_copies(model)
             handle._add(name, model, spec, target)
+        handle._watch(target, _PIPELINE_EDITS)
         undo.pop_all()
     if not any(member.patches for member in handle._members):
         handle.remove()
@@ -100,7 +112,7 @@ def apply(
         what = f"site of kind {' or '.join(options.only)}" if options.only else "site"
         raise DitPatchError(f"nothing to patch: no {what} of {names} is in {', '.join(found)}")
     for name, (model, _) in found.items():
-        if resolve.compiled(model) or (isinstance(target, torch.nn.Module) and resolve.compiled(target)):
+        if resolve.compiled_in(target, model):
             warnings.warn(
                 f"dit_patch: {name} ({type(model).__name__}) is compiled as a whole, and compiled code is left alone: "
                 "nothing in it is cached. Compile its blocks instead: model.compile_repeated_blocks().",
@@ -117,7 +129,6 @@ class Member:
         self.sites: dict[str, list[Patch | Span]] = {}
         self.notes: dict[str, str] = {}
         self.scope: Scope | None = None
-        self.watchers: list[wrapped.Wrapped] = []
         self.ran = False
         self._reached: set[str] = set()
         self._warned: set[str] = set()
@@ -219,6 +230,8 @@ class Handle:
         self.options = options
         self._budget = Budget(options.max_bytes)
         self._members: list[Member] = []
+        self._watchers: list[wrapped.Wrapped] = []
+        self.token: str | None = None  # by which a process that asked for it from afar knows it again
 
     def remove(self) -> None:
         """Take every patch back, in whatever order other libraries have come and gone; harmless when repeated."""
@@ -289,10 +302,13 @@ class Handle:
             _warn_of_own_forward(member)
         for patch in member.patches:
             patch.install()
-        for edit in _WEIGHT_EDITS:
-            if callable(getattr(model, edit, None)):
-                member.watchers.append(wrapped.install(model, edit, self._clear_after))
+        self._watch(model, _MODEL_EDITS)
         member.watch()
+
+    def _watch(self, owner: Any, edits: Iterable[str]) -> None:
+        for edit in edits:
+            if callable(getattr(owner, edit, None)):
+                self._watchers.append(wrapped.install(owner, edit, self._clear_after))
 
     def _clear_after(self, original, instance, args, kwargs):
         try:
@@ -302,11 +318,11 @@ class Handle:
 
     def _take_back(self) -> list[str]:
         asleep = []
+        for watcher in reversed(self._watchers):
+            wrapped.remove(watcher)
         for member in reversed(self._members):
             if member.scope is not None:
                 member.scope.remove()
-            for watcher in reversed(member.watchers):
-                wrapped.remove(watcher)
             asleep += [patch.where for patch in reversed(member.patches) if not patch.remove()]
         return asleep
 

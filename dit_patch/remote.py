@@ -8,6 +8,7 @@ ends the worker, and then the caller, when a call raises. Knows nothing of how m
 from __future__ import annotations
 
 import os
+import pickle
 import traceback
 import uuid
 import warnings
@@ -51,12 +52,13 @@ def apply(target: Any, **options: Any) -> RemoteHandle:
         The class of error that a worker's own `apply` raised, with its message and rank.
     """
     executor = _executor(target)
-    answers = _ask(executor, _apply, _portable(options), uuid.uuid4().hex)
+    token = uuid.uuid4().hex
+    answers = _ask(executor, _apply, _portable(options), token)
     if any(answer.failure for answer in answers):
-        made = {answer.rank: answer.value.token for answer in answers if answer.value and answer.value.made}
-        undone = _ask(executor, _call, made, "remove") if made else []
+        undone = _ask(executor, _call, {answer.rank: token for answer in answers}, "remove")
         raise _error([*answers, *undone])
-    return RemoteHandle(executor, {answer.rank: answer.value.token for answer in answers}, answers[0].value.options)
+    applied = {answer.rank: answer.value for answer in answers}
+    return RemoteHandle(executor, {rank: each.token for rank, each in applied.items()}, answers[0].value.options)
 
 
 class RemoteHandle:
@@ -118,7 +120,7 @@ class RemoteHandle:
         answers = _ask(self._executor, _call, self._tokens, *methods)
         if any(answer.failure for answer in answers):
             raise _error(answers)
-        found = [answer for answer in answers if answer.value is not None]
+        found = {answer.rank: rows for answer in answers if (rows := answer.value) is not None}
         if not found:
             raise _Gone(
                 "nothing of this handle is left in the workers: it was removed, or the models were loaded anew.\n"
@@ -126,9 +128,9 @@ class RemoteHandle:
             )
         several = len(answers) > 1
         return [
-            replace(row, model=f"rank {answer.rank}: {row.model}") if several else row
-            for answer in found
-            for row in answer.value
+            replace(row, model=f"rank {rank}: {row.model}") if several else row
+            for rank, rows in found.items()
+            for row in rows
         ]
 
 
@@ -150,27 +152,30 @@ class _Answer:
     """What one worker says to one call."""
 
     rank: int
-    value: Any = None
+    pickled: bytes | None = None
     failure: _Failure | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def value(self) -> Any:
+        return pickle.loads(self.pickled)
 
 
 @dataclass(frozen=True)
 class _Applied:
-    """A worker's handle: the name it goes by between caller and worker, and whether this call made it."""
+    """A worker's handle: the name that the call gave it which made it, and its options."""
 
     token: str
     options: handle.Options
-    made: bool
 
 
 def _answer(worker: Any, act: Callable, *args: Any) -> _Answer:
     """Runs in a worker, and is what `collective_rpc` takes there: `act(worker, *args)`, with what we warn of in it."""
-    value, failure = None, None
+    pickled, failure = None, None
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", _OURS)
         try:
-            value = act(worker, *args)
+            pickled = pickle.dumps(act(worker, *args))  # here, where it can fail without ending the worker
         except Exception as error:
             ours = isinstance(error, DitPatchError)
             message = str(error) if ours else f"{type(error).__name__}: {error}"
@@ -181,7 +186,7 @@ def _answer(worker: Any, act: Callable, *args: Any) -> _Answer:
     for each in others:
         warnings.showwarning(each.message, each.category, each.filename, each.lineno)
     said = tuple(dict.fromkeys(str(each.message).removeprefix(_OURS) for each in ours))
-    return _Answer(getattr(worker, "rank", 0), value, failure, said)
+    return _Answer(getattr(worker, "rank", 0), pickled, failure, said)
 
 
 def _apply(worker: Any, options: dict[str, Any], token: str) -> _Applied:
@@ -191,14 +196,16 @@ def _apply(worker: Any, options: dict[str, Any], token: str) -> _Applied:
         pipeline.post_init()
     existing = _existing(pipeline)
     applied = handle.apply(pipeline, **options)
-    token = vars(applied).setdefault("token", token)
-    return _Applied(token, applied.options, made=applied is not existing)
+    # One that was made in the worker itself is not this call's to undo.
+    if applied.token is None:
+        applied.token = token if existing is None else uuid.uuid4().hex
+    return _Applied(applied.token, applied.options)
 
 
 def _call(worker: Any, tokens: dict[int, str], *methods: str) -> list[SiteStats] | None:
     """Call methods of this worker's handle; its rows after that, or None where it is not there any more."""
-    existing = _existing(worker.pipeline) if worker.rank in tokens else None
-    if existing is None or vars(existing).get("token") != tokens[worker.rank]:
+    existing = _existing(worker.pipeline)
+    if existing is None or existing.token != tokens.get(worker.rank, ""):
         return None
     for method in methods:
         getattr(existing, method)()
@@ -257,7 +264,7 @@ def _ask(executor: Any, act: Callable, *args: Any) -> list[_Answer]:
             "    Make a new generator, and let one call end before the next."
         )
     for line in _by_rank((said, answer.rank) for answer in answers for said in answer.warnings):
-        warnings.warn(f"{_OURS}{line}", stacklevel=5)
+        warnings.warn(f"{_OURS}{line}", stacklevel=4)
     return answers
 
 
@@ -279,7 +286,7 @@ def _error(answers: Sequence[_Answer]) -> DitPatchError:
 
 def _by_rank(said: Iterable[tuple[str, int]]) -> list[str]:
     """A line for each different thing said, with the ranks that say it."""
-    ranks: dict[str, list[int]] = {}
+    by: dict[str, dict[int, None]] = {}
     for words, rank in said:
-        ranks.setdefault(words, []).append(rank)
-    return [f"rank{'s' if len(each) > 1 else ''} {', '.join(map(str, each))}: {words}" for words, each in ranks.items()]
+        by.setdefault(words, {})[rank] = None
+    return [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {words}" for words, ranks in by.items()]

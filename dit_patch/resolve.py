@@ -24,20 +24,23 @@ def models(target: Any) -> dict[str, torch.nn.Module]:
     Raises:
         UnsupportedModelError: if `target` is neither.
     """
-    if isinstance(target, torch.nn.Module):
-        return {"model": unwrap(target)}
-    parts = getattr(target, "components", None)
-    if not isinstance(parts, Mapping):
-        parts = getattr(target, "modules", None)
-    if not isinstance(parts, Mapping):
-        raise UnsupportedModelError(
-            f"expected a pipeline or a torch.nn.Module, got {quote(repr(target))} ({type(target).__qualname__})"
-        )
     found: dict[str, torch.nn.Module] = {}
-    for name, part in parts.items():
+    for name, part in _parts(target).items():
         if isinstance(part, torch.nn.Module) and not any(unwrap(part) is other for other in found.values()):
             found[name] = unwrap(part)
     return found
+
+
+def _parts(target: Any) -> Mapping[str, Any]:
+    if isinstance(target, torch.nn.Module):
+        return {"model": target}
+    for name in ("components", "modules"):
+        parts = getattr(target, name, None)
+        if isinstance(parts, Mapping):
+            return parts
+    raise UnsupportedModelError(
+        f"expected a pipeline or a torch.nn.Module, got {quote(repr(target))} ({type(target).__qualname__})"
+    )
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -70,6 +73,12 @@ def compiled(module: torch.nn.Module) -> bool:
         return True
     # FastVideo replaces the forwards of blocks.
     return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+
+
+def compiled_in(target: Any, model: torch.nn.Module) -> bool:
+    """Whether `target`, a pipeline or a module, calls `model` as compiled code."""
+    parts = [part for part in _parts(target).values() if isinstance(part, torch.nn.Module) and unwrap(part) is model]
+    return any(map(compiled, (model, *parts)))
 
 
 def compiled_along(model: torch.nn.Module, path: str) -> bool:

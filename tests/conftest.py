@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import metadata
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from dit_patch import mini, verify
 from dit_patch.handle import Handle, apply
@@ -21,11 +23,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def skip_unless_installed(spec) -> None:
+    """Skip the test where the packages that the spec needs are missing or too old."""
+    for line in spec.requires:
+        requirement = Requirement(line)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{spec.name} needs {line}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            pytest.skip(f"{spec.name} needs {line}")
+
+
 class Tiny:
     """A spec's mini model to be patched, and `plain`, its twin with the same weights, that never is."""
 
     def __init__(self, name: str, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.spec = Registry(plugins=False).get(name)
+        skip_unless_installed(self.spec)
         self.case = self.spec.mini.case(variant)
         self.dtype = dtype
         self.model, self.plain = (mini.build(self.spec, self.case, dtype=dtype) for _ in range(2))

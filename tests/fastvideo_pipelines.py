@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,31 +25,7 @@ from unittest import mock
 
 import torch
 
-_FLEX_USERS = ("causal_wanvideo", "matrixgame2.causal_model", "matrixgame2.action_module")
-
-
-@cache
-def prepare() -> None:
-    """Import FastVideo and make what its models need work on a machine without an accelerator."""
-    os.environ.setdefault("FASTVIDEO_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("FASTVIDEO_ATTENTION_BACKEND", "TORCH_SDPA")
-    platform = import_module("fastvideo.platforms.cpu").CpuPlatform
-    if "get_attn_backend_cls" not in vars(platform):
-        backend = "fastvideo.attention.backends.sdpa.SDPABackend"
-        platform.get_attn_backend_cls = classmethod(lambda cls, selected_backend, head_size, dtype: backend)
-    plain = import_module("torch.nn.attention.flex_attention").flex_attention
-    for name in _FLEX_USERS:  # they hold one compiled with max-autotune, which takes half a minute here
-        import_module(f"fastvideo.models.dits.{name}").flex_attention = plain
-    join = import_module("fastvideo.distributed").maybe_init_distributed_environment_and_model_parallel
-    with tempfile.TemporaryDirectory() as folder:
-        join(1, 1, f"file://{Path(folder) / 'rendezvous'}")
-
-
-def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Module:
-    """A FastVideo model of an architecture's configuration (the fields of its `...ArchConfig`), all weights random."""
-    config_class = typing.get_type_hints(cls.__init__)["config"]
-    arch_class = type(config_class().arch_config)
-    return _fill(cls(config_class(arch_config=arch_class(**config)), {}))
+from dit_patch.hosts.fastvideo import build, prepare
 
 
 @cache

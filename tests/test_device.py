@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from importlib import metadata
 
 import pytest
 import torch
 import toys
-from packaging.requirements import Requirement
 from simulated_accelerator import (
     DEVICE,
     NAME,
@@ -33,7 +31,19 @@ from dit_patch.registry import Registry
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python")
 
 SPECS = {spec.name: spec for spec in Registry(plugins=False)}
-CASES = [(name, variant) for name, spec in SPECS.items() for variant in (None, *spec.mini.variants)]
+CASES = [
+    (name, variant)
+    for name, spec in SPECS.items()
+    for variant in (None, *spec.mini.variants)
+    if variant != "no_cache"  # flex attention knows the devices it runs on by name
+]
+NEVER_TWICE = {
+    # The sum of two embeddings, a new tensor each time.
+    ("fastvideo/wan", "anyflow"): {"condition_embedder.time_modulation.forward"},
+    # What it keeps makes the table, which is kept itself.
+    ("fastvideo/matrixgame3", "no_memory"): {"..patch_embedding"},
+    ("fastvideo/matrixgame3", "plain"): {"..patch_embedding"},
+}
 STEPS = 4  # of two passes each; by the last, everything but its own timestep has been seen and checked
 
 
@@ -43,35 +53,17 @@ def accelerator():
         yield active
 
 
-@pytest.fixture
-def build(tiny):
-    """A `Tiny` of a spec, where the packages that the spec needs are installed."""
-
-    def make(name, variant=None, **options):
-        for line in SPECS[name].requires:
-            requirement = Requirement(line)
-            try:
-                version = metadata.version(requirement.name)
-            except metadata.PackageNotFoundError:
-                pytest.skip(f"{name} needs {line}")
-            if not requirement.specifier.contains(version, prereleases=True):
-                pytest.skip(f"{name} needs {line}")
-        return tiny(name, variant, **options)
-
-    return make
-
-
 def assert_equal(ours, theirs, device):
     """The same bits from both, and all of it on the device."""
     assert {str(tensor.device) for outputs in (*ours, *theirs) for tensor in outputs} == {device}
     assert verify.first_difference(numbers(ours), numbers(theirs)) is None
 
 
-def assert_hits(handle, before: Counter[str]) -> Counter[str]:
+def assert_hits(handle, before: Counter[str], but: set[str] = frozenset()) -> Counter[str]:
     """Each site that was ever called has more hits than before, and none was passed over; the hits so far."""
     rows = handle.stats()
     hits = Counter({row.at: row.hits for row in rows})
-    called = {row.at for row in rows if row.hits + row.misses}
+    called = {row.at for row in rows if row.hits + row.misses} - but
     assert called, "no site was called"
     assert {at for at in called if hits[at] <= before[at]} == set()
     assert {row.at: row.bypassed for row in rows if row.bypassed} == {}
@@ -82,19 +74,20 @@ def assert_hits(handle, before: Counter[str]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name, variant", CASES)
-def test_patched_equals_unpatched_on_the_accelerator(accelerator, build, name, variant):
-    each = build(name, variant, dtype=torch.bfloat16)  # float32 is in the next test
+def test_patched_equals_unpatched_on_the_accelerator(accelerator, tiny, name, variant):
+    # Float32 is in the next test. Matrix-Game 2 needs autocast besides, which this device does not have.
+    each = tiny(name, variant, dtype=torch.float32 if name == "fastvideo/matrixgame2" else torch.bfloat16)
     for model in each.both:
         to_accelerator(model)
     handle = each.apply()
     calls = [call for size in range(2) for call in each.calls(STEPS, size, device=DEVICE)]
     assert_equal(verify.run(each.model, calls), verify.run(each.plain, calls), DEVICE)
-    assert_hits(handle, Counter())
+    assert_hits(handle, Counter(), NEVER_TWICE.get((name, variant), set()))
 
 
 @pytest.mark.parametrize("name, variant", CASES)
-def test_a_model_may_move_to_the_accelerator_and_back_under_one_handle(accelerator, build, name, variant):
-    each = build(name, variant)
+def test_a_model_may_move_to_the_accelerator_and_back_under_one_handle(accelerator, tiny, name, variant):
+    each = tiny(name, variant)
     here, there = (to_cpu, each.calls(STEPS), "cpu"), (to_accelerator, each.calls(STEPS, device=DEVICE), DEVICE)
     handle, hits = each.apply(), Counter()
     for move, calls, device in (here, there, here):
@@ -109,25 +102,19 @@ def test_a_model_may_move_to_the_accelerator_and_back_under_one_handle(accelerat
         assert_equal(ours, theirs, device)
         # What was kept on another device is not brought over again and again.
         assert len(patched.copies) <= len(plain.copies), f"on {device}\n  unpatched: {plain}\n  patched:   {patched}"
-        hits = assert_hits(handle, hits)
+        hits = assert_hits(handle, hits, NEVER_TWICE.get((name, variant), set()))
 
 
 @pytest.mark.parametrize("name, variant", CASES)
-def test_a_warm_step_asks_less_of_the_device(accelerator, build, monkeypatch, name, variant):
-    each = build(name, variant)
+def test_a_warm_step_asks_less_of_the_device(accelerator, tiny, monkeypatch, name, variant):
+    each = tiny(name, variant)
     for model in each.both:
         to_accelerator(model)
     calls = each.calls(STEPS, device=DEVICE)
-    verify.run(each.plain, calls[:-2])
-    accelerator.take()
-    verify.run(each.plain, calls[-2:])
-    plain = accelerator.take()
+    plain = last_step(accelerator, each.plain, calls)
     each.apply()
     in_sites = count_in_sites(monkeypatch, accelerator)
-    verify.run(each.model, calls[:-2])
-    accelerator.take()
-    verify.run(each.model, calls[-2:])
-    patched = accelerator.take()
+    patched = last_step(accelerator, each.model, calls)
 
     both = f"a step of {name} {variant or ''}\n  unpatched: {plain}\n  patched:   {patched}"
     assert patched.operations.total() < plain.operations.total(), both
@@ -135,6 +122,21 @@ def test_a_warm_step_asks_less_of_the_device(accelerator, build, monkeypatch, na
     avoidable = waits(plain) & waits(in_sites)
     if avoidable:
         assert waits(patched).total() < waits(plain).total(), f"{both}\n  in sites: {avoidable}"
+
+
+def last_step(accelerator, model, calls) -> Counts:
+    """What the device was asked for by the last two of `calls`."""
+    left = len(calls)
+
+    def counted(**arguments):
+        nonlocal left
+        if left == 2:
+            accelerator.take()
+        left -= 1
+        return model(**arguments)
+
+    verify.run(counted, calls)
+    return accelerator.take()
 
 
 def waits(counts: Counts) -> Counter:
@@ -226,10 +228,10 @@ def test_a_table_kept_for_the_device_is_not_handed_out_on_the_host(accelerator, 
         assert toys.row(handle, "table.forward").hits >= 6
 
 
-def test_wans_own_pipeline_runs_on_the_accelerator_with_the_same_latents_and_fewer_operations(accelerator, build):
+def test_wans_own_pipeline_runs_on_the_accelerator_with_the_same_latents_and_fewer_operations(accelerator, tiny):
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
-    each = build("diffusers/wan")
+    each = tiny("diffusers/wan")
     prompts = {f"{kind}_embeds": torch.randn(1, 6, 16).to(DEVICE) for kind in ("prompt", "negative_prompt")}
     latents = torch.randn(1, 4, 2, 4, 4).to(DEVICE)
 
@@ -398,8 +400,8 @@ def test_the_accelerator_leaves_nothing_switched_on():
     assert torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3).shape == (1, 1, 2, 2)
 
 
-def test_without_the_accelerator_its_tensors_would_be_bypassed(accelerator, build, monkeypatch):
-    each = build("diffusers/wan")
+def test_without_the_accelerator_its_tensors_would_be_bypassed(accelerator, tiny, monkeypatch):
+    each = tiny("diffusers/wan")
     to_accelerator(each.model)
     handle = apply(each.model)
     keys.PLAIN.discard(AcceleratorTensor)

@@ -1,0 +1,160 @@
+"""FastVideo's models with and without dit_patch, each rank of a sequence-parallel group for itself.
+
+    torchrun --standalone --nproc-per-node 2 tests/sequence_parallel.py FOLDER
+
+leaves `0.json` and `1.json` in FOLDER: of each case the outputs and tables as digests, and what the handle reports. Without
+torchrun, one process does the same alone and leaves `alone.json`. What it should be is for test_sequence_parallel.py.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import dit_patch
+from dit_patch import mini, verify
+from dit_patch.cache import tensors_in
+from dit_patch.handle import Handle
+from dit_patch.hosts import fastvideo
+from dit_patch.registry import Registry
+
+RANKS = 2
+LIMIT = 240  # seconds, of which it takes some thirty
+ROPE = "forward:get_rotary_pos_embed"
+SPECS = {spec.name: spec for spec in Registry(plugins=False) if spec.mini.host == fastvideo.__name__}
+STEPS = 3
+GENERATIONS = ((0, 0), (1, 1), (2, 0))  # number and size
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec's mini. Of the arguments in `split` each rank has its part, along that dimension; of all others the whole."""
+
+    spec: str
+    variant: str | None = None
+    split: Mapping[str, int] = field(default_factory=dict)
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    for spec in SPECS.values():
+        # It takes the latents for the rank's own frames: the only one whose tables differ from rank to rank.
+        split = {"hidden_states": 2} if spec.name == "fastvideo/matrixgame2_bidirectional" else {}
+        for variant in (None, *spec.mini.variants):
+            yield f"{spec.name} {variant}" if variant else spec.name, Case(spec.name, variant, split)
+    # With a timestep for every token, as FastVideo's stage gives them, Wan raises.
+    yield "fastvideo/wan ti2v split", Case("fastvideo/wan", "ti2v", {"timestep": 1})
+
+
+CASES = dict(_cases())
+
+
+class Trial:
+    """One case on this rank, of which `record` is the report."""
+
+    def __init__(self, case: Case, rank: int, world: int) -> None:
+        self.case, self.rank, self.world = case, rank, world
+        self.mini = SPECS[case.spec].mini.case(case.variant)
+        # A process alone has what the ranks have together, and says it in as many parts.
+        self.parts = RANKS // world if "hidden_states" in case.split else 1
+
+    def record(self) -> dict[str, Any]:
+        model = mini.build(SPECS[self.case.spec], self.mini)
+        generations = [self.forwards(number, self.mini.sizes[size]) for number, size in GENERATIONS]
+        first, everything = generations[0], sum(generations, [])
+        record: dict[str, Any] = {"plain": self.outcome(model, everything)}
+        with another_rank(self.world - 1 - self.rank):
+            record["plain as another rank"] = self.outcome(model, first)
+        handle = dit_patch.apply(model)
+        record["patched"] = self.outcome(model, everything)
+        record["counts"] = counts(handle)
+        record["tables"], record["owners"] = self.tables(handle)
+        if self.rank == 0:
+            handle.clear()
+        record["one rank cleared"] = self.outcome(model, first)
+        record["counts after one rank cleared"] = counts(handle)
+        with another_rank(self.world - 1 - self.rank):
+            record["patched as another rank"] = self.outcome(model, first)
+        record["counts after another rank"] = counts(handle)
+        record["tables after another rank"], _ = self.tables(handle)
+        handle.remove()
+        record["removed"] = self.outcome(model, first)
+        return record
+
+    def forwards(self, number: int, size: Mapping[str, int]) -> list[dict[str, Any]]:
+        size = dict(size)
+        if "blocks" in size:
+            size["blocks"] = 2
+        if "hidden_states" in self.case.split:
+            size["f"] *= RANKS
+            size["frames"] = 4 * size["f"] // self.world - 3
+        forwards = list(mini.forwards(self.mini, size, steps=STEPS, generation=number))
+        for arguments in forwards:
+            for name, dimension in self.case.split.items():
+                arguments[name] = arguments[name].chunk(self.world, dimension)[self.rank]
+        return forwards
+
+    def outcome(self, model: torch.nn.Module, forwards: list[dict[str, Any]]) -> list[Any]:
+        """Digests of each forward's output, or the one exception."""
+        try:
+            outputs = verify.run(model, forwards)
+        except Exception as error:
+            return [f"{type(error).__name__}: {error}"]
+        return [[digest(part) for (output,) in [each] for part in output.chunk(self.parts, 2)] for each in outputs]
+
+    def tables(self, handle: Handle) -> tuple[list[Any], list[Any]]:
+        """Digests of the RoPE tables that are held, in the order they were made; and the rank and size in their keys."""
+        [member] = handle._members
+        entries = [entry for patch in member.sites.get(ROPE, ()) for entry in patch.memo.cache.entries.values()]
+        digests = [
+            [[digest(part) for part in table.chunk(self.parts)] for table in tensors_in(entry.value)]
+            for entry in entries
+        ]
+        return digests, [list(entry.key[-2:]) for entry in entries]
+
+
+def counts(handle: Handle) -> dict[str, tuple[int, int]]:
+    """Hits and misses of each site."""
+    return {row.at: (row.hits, row.misses) for row in handle.stats()}
+
+
+@contextmanager
+def another_rank(rank: int) -> Iterator[None]:
+    """FastVideo takes this process for that rank of the group; who sends what to whom stays as it is."""
+    with mock.patch.object(import_module("fastvideo.distributed.parallel_state").get_sp_group(), "rank_in_group", rank):
+        yield
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Equal for equal shape, dtype and bits."""
+    content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(repr((tensor.shape, tensor.dtype)).encode() + content).hexdigest()[:12]
+
+
+def main(folder: Path) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # ranks that wait for each other would wait for half an hour
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="dit_patch")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    fastvideo.prepare()
+    report = {name: Trial(case, rank, world).record() for name, case in CASES.items()}
+    name = "alone" if world == 1 else str(rank)
+    (folder / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+    # Where a rank ends with the group still there, the other's threads abort it.
+    import_module("fastvideo.distributed").cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
