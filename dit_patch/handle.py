@@ -132,6 +132,7 @@ class Member:
         self.ran = False
         self._reached: set[str] = set()
         self._warned: set[str] = set()
+        self._looked_for: set[str] = set()
         self._device: torch.device | None = None
 
     @property
@@ -170,8 +171,7 @@ class Member:
                 continue
             displaced = any(patch.displaced for patch in patches)
             # A site inside another is called only where that one has no result.
-            fine = at in self._reached or patches[0].site.optional
-            if not displaced and (fine or self._in_compiled_code(at)):
+            if not displaced and (at in self._reached or self._in_compiled_code(at) or patches[0].site.optional):
                 continue
             self._warned.add(at)
             why = (
@@ -186,6 +186,10 @@ class Member:
             )
 
     def _in_compiled_code(self, at: str) -> bool:
+        """Whether the site, which was not come by, is inside compiled code; looked up once."""
+        if at in self._looked_for:
+            return at in self.notes
+        self._looked_for.add(at)
         path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
         if ":" in at:
             # Who calls a global cannot be told from outside.
@@ -221,6 +225,7 @@ class Member:
         for at in self._warned & set(self.notes):
             del self.notes[at]
         self._warned.clear()
+        self._looked_for.clear()
 
 
 class Handle:

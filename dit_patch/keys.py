@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _device
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .errors import SiteError
 
@@ -202,6 +203,7 @@ class Plan:
         return parts
 
 
+_function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _functorch = torch._C._are_functorch_transforms_active
@@ -236,14 +238,21 @@ def default_device() -> torch.device | None:
 
     Under that, tables that are made without saying where would hold nothing: see `on_a_real_device`.
     """
-    default = _device.CURRENT_DEVICE
+    default = _asked_for()
     return None if default is None or default.type in ("cpu", "meta") else default
 
 
 def on_a_real_device() -> AbstractContextManager:
     """The CPU as the default device where it is the meta device, as libraries have it while they load a model."""
-    default = _device.CURRENT_DEVICE
+    default = _asked_for()
     return torch.device("cpu") if default is not None and default.type == "meta" else nullcontext()
+
+
+def _asked_for() -> torch.device | None:
+    if not _function_modes():
+        return None
+    contexts = (mode.device for mode in reversed(_get_current_function_mode_stack()) if type(mode) is DeviceContext)
+    return next(contexts, None)
 
 
 def _kinds() -> tuple[str, ...]:

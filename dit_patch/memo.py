@@ -14,11 +14,11 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch.utils import _device
 
 from .cache import Budget, Cache, Entry, map_tensors, mask_parts, tensors_in
 from .keys import PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
 
+_function_modes = torch._C._len_torch_function_stack
 CHECKS = ("first", "always", "never")
 FULL = "no room beside what the last forwards used; a larger max_bytes would keep it"
 
@@ -113,7 +113,7 @@ class Memo:
         reverse would fail.
         """
         start = time.perf_counter()
-        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or _device.CURRENT_DEVICE is not None:
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or _function_modes():
             with torch.inference_mode(False), torch.no_grad(), on_a_real_device():
                 value = compute()
         else:
