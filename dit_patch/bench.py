@@ -1,31 +1,35 @@
 """`dit-patch bench`: what a hit costs, what a site saves at real sizes, operations per forward, whole generations.
 
-Every pair of figures is measured in one process, one after the other, by torch.utils.benchmark; times are medians.
+Every pair of figures is measured in one process, side by side; times are medians.
 """
 
 from __future__ import annotations
 
 import csv as csvlib
 import platform
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Measurement, Timer
 
 from . import __version__, mini, resolve, scope, wrapped
+from .cache import map_tensors
 from .errors import SiteError
 from .handle import apply
 from .registry import Registry
 from .spec import Case, Site, Spec
 
 PARTS = ("hits", "sites", "kernels", "forwards")
-_TURNS = 7
+_TURNS = 3  # at the least
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Recorded:
     name: str
     args: tuple
     kwargs: dict[str, Any]
+    device: torch.device
 
 
 def run(
@@ -62,8 +67,7 @@ def run(
 ) -> int:
     """Measure `parts` for `specs` (all by default), print tables, and write every row to `csv`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    registry = Registry()
-    chosen = [registry.get(name) for name in specs] if specs else list(registry)
+    chosen = choose(Registry(), specs)
     surroundings = environment(device)
     print("  ".join(f"{name} {value}" for name, value in surroundings.items()))
     rows: list[Row] = []
@@ -88,11 +92,39 @@ def run(
     return 0
 
 
+def choose(registry: Registry, names: Sequence[str] | None) -> list[Spec]:
+    """The specs of these names, or of these libraries ("fastvideo" for all of `fastvideo/...`); all that are installed.
+
+    Raises:
+        SpecError: a name that is neither.
+    """
+    if not names:
+        return [spec for spec in registry if installed(spec)]
+    chosen: dict[str, Spec] = {}
+    for name in names:
+        below = [each for each in registry.names() if each.startswith(f"{name}/")]
+        chosen |= {each: registry.get(each) for each in below or (name,)}
+    return list(chosen.values())
+
+
+def installed(spec: Spec) -> bool:
+    """Whether the packages that the spec needs are there, of whatever version."""
+    return all(map(version, (Requirement(line).name for line in spec.requires)))
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(device: str) -> dict[str, str]:
     """What a figure depends on besides the code: hardware and versions."""
     cpu = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
-    versions = {"dit-patch": __version__, **{name: metadata.version(name) for name in ("torch", "diffusers", "wrapt")}}
+    packages = ("torch", "wrapt", "diffusers", "fastvideo")
+    versions = {"dit-patch": __version__, **{name: found for name in packages if (found := version(name))}}
     return {"device": name, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **versions}
 
 
@@ -129,46 +161,56 @@ def kernels(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
         case = spec.mini.case(variant)
         model = mini.build(spec, case).to(device)
         forwards = list(mini.forwards(case, case.sizes[0], steps=3, device=device))
-        plain = _operations(model, forwards)
+        plain = _operations(model, mini.fresh(forwards))
         with apply(model):
-            patched = _operations(model, forwards)
+            patched = _operations(model, mini.fresh(forwards))
         yield Row("kernels", spec.name, variant or "mini", "operations per forward", "", plain, patched)
 
 
 def forwards(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
-    """One generation of the spec's mini: four steps, cond and uncond; new latents and timesteps each time."""
-    for variant in (None, *spec.mini.variants):
-        case = spec.mini.case(variant)
-        model = mini.build(spec, case).to(device)
-        made = list(mini.forwards(case, case.sizes[0], device=device))
-        new = [name for name, recipe in case.inputs.items() if recipe.new == "step"]
-
-        def generation(model=model, made=made, new=new) -> None:
-            with torch.no_grad():
-                for number, arguments in enumerate(made):
-                    if number % len(mini.PASSES) == 0:
-                        step = {name: arguments[name].clone() for name in new}
-                    model(**{**arguments, **step})
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-
-        timer = Timer("f()", globals={"f": generation}, num_threads=torch.get_num_threads())
-        plain, patched = [], []
-        # In turns, so that whatever else the machine does falls on both alike.
-        for _ in range(_TURNS):
-            plain.append(timer.blocked_autorange(min_run_time=seconds / _TURNS))
-            with apply(model):
-                generation()
-                patched.append(timer.blocked_autorange(min_run_time=seconds / _TURNS))
-        [plain], [patched] = Measurement.merge(plain), Measurement.merge(patched)
-        what = "four steps, two passes each"
-        yield Row("forwards", spec.name, variant or "mini", what, "us", *_microseconds(plain, patched))
+    """Generations of the spec's mini, and of its `whole` bench cases, per forward; each with inputs of its own."""
+    cases = {variant or "mini": spec.mini.case(variant) for variant in (None, *spec.mini.variants)}
+    cases |= {name: spec.bench_case(name) for name, case in spec.bench.items() if case.whole}
+    for name, case in cases.items():
+        plain, patched = (mini.build(spec, case).to(device) for _ in range(2))
+        with apply(patched):
+            for model in (plain, patched):
+                _generation(model, case, 0, device)
+            before, after, start, number = [], [], time.perf_counter(), 0
+            # In turns, so that whatever else the machine does falls on both alike.
+            while number < _TURNS or time.perf_counter() - start < 2 * seconds:
+                number += 1
+                before.append(_generation(plain, case, number, device))
+                after.append(_generation(patched, case, number, device))
+        low, middle, high = statistics.quantiles(after, n=4)
+        what = "a forward, mean of a generation"
+        yield Row("forwards", spec.name, name, what, "us", statistics.median(before), middle, high - low)
 
 
-def record(model: torch.nn.Module, spec: Spec, arguments: dict[str, Any]) -> list[Recorded]:
-    """The first call of every site in one forward of the unpatched model."""
+def _generation(model: torch.nn.Module, case: Case, number: int, device: str) -> float:
+    """Microseconds that a forward of that generation takes."""
+    made = list(mini.forwards(case, case.sizes[0], device=device, generation=number))
+    _wait(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for arguments in made:
+            model(**arguments)
+    _wait(device)
+    return (time.perf_counter() - start) / len(made) * 1e6
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def record(
+    model: torch.nn.Module, spec: Spec, arguments: dict[str, Any], before: torch.nn.Module | None = None
+) -> list[Recorded]:
+    """The first call of every site in one forward of the unpatched model, or in its part `before` a submodule."""
     calls: dict[str, Recorded] = {}
-    layers = []
+    device = next(model.parameters()).device
+    undo = ExitStack()
     for site in spec.sites:
         if site.is_span:
             continue
@@ -178,55 +220,35 @@ def record(model: torch.nn.Module, spec: Spec, arguments: dict[str, Any]) -> lis
             continue
 
         def note(original, instance, args, kwargs, site=site, owner=owner, name=name):
-            calls.setdefault(site.at, Recorded(site, owner, name, args, kwargs))
+            calls.setdefault(site.at, Recorded(site, owner, name, args, kwargs, device))
             return original(*args, **kwargs)
 
-        layers.append(wrapped.install(owner, name, note))
-    try:
-        with torch.no_grad():
-            model(**arguments)
-    finally:
-        for layer in reversed(layers):
-            wrapped.remove(layer)
+        undo.callback(wrapped.remove, wrapped.install(owner, name, note))
+    if before is not None:
+        undo.callback(before.register_forward_pre_hook(_stop).remove)
+    with undo, torch.no_grad(), suppress(_Stopped):
+        model(**arguments)
     return list(calls.values())
 
 
+class _Stopped(Exception):
+    """A forward has come as far as it should."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stopped
+
+
 def real(spec: Spec, case: Case, device: str) -> tuple[torch.nn.Module, dict[str, Any], list[Recorded]]:
-    """A model of real width on `device`, arguments of real size, and the calls of its sites.
+    """A model of real width with random weights on `device`, arguments of real size, and the calls of its sites.
 
-    What the calls look like is found out by a forward on the meta device; only then are weights made.
+    Those before the first block, in bfloat16; or all, in float32, where the case is one to run `whole` forwards of.
     """
-    with torch.device("meta"):
-        model = mini.make_model(spec, case).eval().to(torch.bfloat16)
-    arguments = next(mini.forwards(case, case.sizes[0], dtype=torch.bfloat16))
-    given = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    calls = record(model, spec, given)
-    model.to_empty(device=device)
-    for tensor in (*model.parameters(), *model.buffers()):
-        torch.nn.init.uniform_(tensor, -0.02, 0.02)
-    for name, value in arguments.items():
-        arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
-    same = {id(given[name]): arguments[name] for name in given}
-
-    def made(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return same.get(id(value), torch.ones(value.shape, dtype=value.dtype, device=device))
-
-    return (
-        model,
-        arguments,
-        [
-            Recorded(
-                call.site,
-                call.owner,
-                call.name,
-                tuple(map(made, call.args)),
-                {name: made(value) for name, value in call.kwargs.items()},
-            )
-            for call in calls
-        ],
-    )
+    dtype = torch.float32 if case.whole else torch.bfloat16
+    model = mini.build(spec, case, dtype=dtype).to(device)
+    arguments = next(mini.forwards(case, case.sizes[0], dtype=dtype, device=device))
+    first = None if case.whole else model.get_submodule(f"{spec.blocks[0].at}.0")
+    return model, arguments, record(model, spec, arguments, first)
 
 
 @contextmanager
@@ -242,6 +264,9 @@ def patched_frame(model: torch.nn.Module, arguments: dict[str, Any]) -> Iterator
 
 
 def _time(function: Callable, call: Recorded, seconds: float) -> Measurement:
+    """The time of a site's call and, where the spec says what its caller makes of the result, of that conversion."""
+    if call.site.device or call.site.dtype:
+        function = _converted(function, call)
     frame = scope.current()
     calls = {} if frame is None else frame.calls
     # Each call is to be the first of its forward, as it is in the model.
@@ -255,6 +280,15 @@ def _time(function: Callable, call: Recorded, seconds: float) -> Measurement:
             calls.clear()
             function(*call.args, **call.kwargs)
         return timer.blocked_autorange(min_run_time=seconds)
+
+
+def _converted(function: Callable, call: Recorded) -> Callable:
+    dtype = getattr(torch, call.site.dtype) if call.site.dtype else None
+
+    def convert(*args: Any, **kwargs: Any) -> None:
+        map_tensors(lambda tensor: tensor.to(device=call.device, dtype=dtype), function(*args, **kwargs))
+
+    return convert
 
 
 def _microseconds(plain: Measurement, patched: Measurement) -> tuple[float, float, float]:
@@ -288,7 +322,7 @@ _MEASURES = {"hits": hits, "sites": sites, "kernels": kernels, "forwards": forwa
 _GAINS = {"hits": "over"}
 _TITLES = {
     "hits": "Cost of a hit (plain: a call of a function that does nothing)",
-    "sites": "Each site's call at real sizes, bf16, random weights (patched: a hit)",
+    "sites": "Each site's call, with the copy and cast of its result, at real sizes, random weights (patched: a hit)",
     "kernels": "Dispatched operations per forward, views left out",
-    "forwards": "One generation of the mini model",
+    "forwards": "Forwards, inputs new in each generation",
 }

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 LAST = 4  # forwards whose results are not given up: the passes of a step, with some to spare
 
 

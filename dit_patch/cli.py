@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("name", metavar="NAME", help="as `dit-patch list` prints it, such as diffusers/wan")
     for each in (listing, show):
         each.add_argument("--spec-dir", action="append", default=[], metavar="DIR", help="another directory with specs")
-        each.add_argument("--trust-specs", action="store_true", help="let those specs name any function in `use:`")
+        each.add_argument("--trust-specs", action="store_true", help="let those specs name code of their own")
 
     command("schema", _schema, "the JSON Schema of a spec, for your editor")
 
@@ -54,9 +54,11 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "measure what patching saves: hit cost, site times at real sizes, whole forwards")
     bench.add_argument(
+        "specs", nargs="*", metavar="NAME", help="specs, such as diffusers/wan, or libraries, such as fastvideo"
+    )
+    bench.add_argument(
         "--only", action="append", choices=("hits", "sites", "kernels", "forwards"), help="one part; repeat for more"
     )
-    bench.add_argument("--spec", action="append", metavar="NAME", help="one spec; repeat for more (default: all)")
     bench.add_argument("--device", default=None, metavar="DEVICE", help="default: cuda where there is one, else cpu")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="also write every row, with the environment, to FILE")
     bench.add_argument("--seconds", type=float, default=0.5, metavar="S", help="least time per figure (default: 0.5)")
@@ -92,7 +94,7 @@ def _show(options: argparse.Namespace) -> int:
         print(f"    kind      {site.kind}{', optional' if site.optional else ''}")
         for name, facets in site.key.items():
             print(f"    key       {name}: {', '.join(facets)}")
-        for word in ("use", "device", "dtype"):
+        for word in ("use", "then", "device", "dtype"):
             if getattr(site, word):
                 print(f"    {word:<8}  {getattr(site, word)}")
         for word in ("reads", "clears"):
@@ -102,6 +104,8 @@ def _show(options: argparse.Namespace) -> int:
             print(f"    bind      {name} = {source} (with fixes=True)")
         if site.unused:
             print("    unused    the result is never read; a stand-in is returned")
+        if site.unused_with:
+            print(f"    unused    with {', '.join(site.unused_with)}: a stand-in is returned")
     return 0
 
 
@@ -123,7 +127,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     return bench.run(
         parts=options.only or bench.PARTS,
-        specs=options.spec,
+        specs=options.specs,
         device=options.device,
         csv=options.csv,
         seconds=options.seconds,

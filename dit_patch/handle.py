@@ -66,9 +66,9 @@ def apply(
     Called again with the same options it returns the same handle, and puts back what another library has displaced.
 
     Args:
-        target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too; or FastVideo's
-            `VideoGenerator`, whose models are patched in its worker processes.
-        only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary"; all by default.
+        target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too; or a
+            FastVideo `VideoGenerator`, whose models are patched in its worker processes.
+        only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary", "kv_cache"; all by default.
         max_bytes: what all caches of this handle may hold together, in bytes.
         check: "first" computes the first hit of each new signature again and compares it bit for bit, "always" every
             hit, "never" none.
@@ -78,7 +78,7 @@ def apply(
         trust: let specs from `specs` name functions outside dit_patch in `use:`.
 
     Raises:
-        UnsupportedModelError: no spec for any model in `target`.
+        UnsupportedModelError: no spec for any model in `target`, or no way to reach its workers.
         SiteError: a spec does not fit the model. Nothing stays patched.
         VersionError: an installed package is outside the spec's `requires`.
         DitPatchError: already patched with other options, or an option that does not exist.

@@ -21,7 +21,6 @@ from .source import fingerprint
 from .span import Span
 from .spec import Site, Spec
 
-
 ABSENT = "not in this model"
 ABSENT_STAGE = "not in this pipeline"
 

@@ -22,7 +22,7 @@ PASSES = ("cond", "uncond")
 
 
 class Carried(list):
-    """An argument that forwards write into and hand on to the next (KV caches); each run starts with a copy of it."""
+    """An argument that forwards write into and hand on to the next (KV caches), see `fresh`."""
 
 
 def model_class(spec: Spec) -> type[torch.nn.Module]:
@@ -80,6 +80,21 @@ def forwards(
                     made[name, when] = map_tensors(lambda tensor: tensor.to(device), value)
                 arguments[name] = made[name, when]
             yield arguments
+
+
+def fresh(forwards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same forwards to run once more: what they write into is copied, each object once."""
+    forwards = list(forwards)  # so that no object's id is used again
+    copies: dict[int, Carried] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, Carried):
+            if id(value) not in copies:
+                copies[id(value)] = map_tensors(torch.clone, value)
+            return copies[id(value)]
+        return value
+
+    return [{name: own(value) for name, value in arguments.items()} for arguments in forwards]
 
 
 def make(recipe: Input, size: Mapping[str, int], *, dtype: torch.dtype, seed: int, step: int, number: int) -> Any:

@@ -143,9 +143,9 @@ class Patch:
         return bool(self._leftovers)
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        if self.then is not None:
-            return self._put_through(original(*args, **kwargs))
         frame = scope.current()
+        if self.then is not None:
+            return self._put_through(original(*args, **kwargs), frame)
         ordinal = 0
         if frame is not None and frame.model is self.model:
             ordinal = frame.calls.get(self, 0)
@@ -223,8 +223,10 @@ class Patch:
             self.memo.cache.hits += 1
         return map_tensors(lambda tensor: tensor, self._stand_ins[device])
 
-    def _put_through(self, result: Any) -> Any:
+    def _put_through(self, result: Any, frame: Frame | None) -> Any:
         self.memo.cache.hits += 1
+        if frame is not None:
+            frame.calls[self] = 1
         return self.then(result)
 
     def place(self, value: Any, frame: Frame | None) -> Any:

@@ -131,8 +131,8 @@ class Site(_Declared):
     at: Address = Field(
         description="What is called: `path.to.attribute` from the model (`*` is any one step), `forward:name` for a "
         "global as the model's forward sees it, `package.module:name` for a global elsewhere, `pipeline:name` for a "
-        "method of the pipeline's stages that run the model, or `a..b` for the tensor code that the forward runs itself "
-        "between leaving submodule a (or, with no a, its beginning) and entering submodule b."
+        "method of the pipeline's stages that run the model, or `a..b` for the tensor code that the forward runs "
+        "between leaving submodule a (with no a: its beginning) and entering submodule b."
     )
     kind: Kind = Field(description="What the result is; users switch sites on by kind.")
     key: Mapping[KeyName, Facets] = Field(
@@ -152,8 +152,8 @@ class Site(_Declared):
     )
     reads: tuple[Dependency, ...] = Field(
         default=(),
-        description="What else counts: submodules with whose weights the tensor arguments were computed (`*` is what it "
-        "is in `at`), and functions without arguments, `package.module:name`, whose value counts.",
+        description="What else counts: submodules with whose weights the tensor arguments were computed (`*` is what "
+        "it is in `at`), and functions without arguments, `package.module:name`, whose value counts.",
     )
     device: Literal["model"] | None = Field(
         default=None, description="`model`: put the result where the model runs, once."
@@ -291,6 +291,7 @@ class Case(_Declared):
     inputs: Mapping[Identifier, Input | None] = Field(
         default={}, description="The arguments of the model's forward; null leaves one out."
     )
+    whole: Flag = Field(default=False, description="In `bench`: small enough to measure whole forwards of, too.")
     rollout: Function | None = Field(
         default=None,
         description="Instead of `inputs`, where forwards depend on each other (through a KV cache): a function that "
@@ -427,7 +428,7 @@ class Spec(_Declared):
 
 
 def _merged(base: Case, over: Case) -> Case:
-    parts = {"config": {**base.config, **over.config}, "sizes": over.sizes or base.sizes}
+    parts = {"config": {**base.config, **over.config}, "sizes": over.sizes or base.sizes, "whole": over.whole}
     rollout = over.rollout or (None if over.inputs else base.rollout)
     if rollout:
         parts["rollout"] = rollout

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .cache import map_tensors, tensors_in
+from .cache import tensors_in
 from .handle import apply
 from .keys import same_bits
-from .mini import Carried
+from .mini import fresh
 from .report import SiteStats
 
 
@@ -33,17 +33,9 @@ class Verdict:
 def run(model: torch.nn.Module, forwards: Iterable[Mapping[str, Any]]) -> list[list[torch.Tensor]]:
     """The output tensors of each forward, without autograd; copied, lest a later forward writes into them."""
     outputs = []
-    copies: dict[int, Carried] = {}
-
-    def own(value: Any) -> Any:
-        if isinstance(value, Carried):
-            return copies.setdefault(id(value), map_tensors(torch.clone, value))
-        return value
-
-    forwards = list(forwards)  # so that no argument's id is used again
     with torch.no_grad():
-        for arguments in forwards:
-            result = model(**{name: own(value) for name, value in arguments.items()})
+        for arguments in fresh(forwards):
+            result = model(**arguments)
             result = tuple(result.values()) if isinstance(result, Mapping) else result
             outputs.append([tensor.clone() for tensor in tensors_in(result)])
     return outputs

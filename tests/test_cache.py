@@ -93,7 +93,7 @@ def test_what_one_of_the_last_forwards_used_is_not_given_up():
 
 def test_what_is_asked_for_in_turns_and_does_not_fit_hits_as_far_as_it_fits():
     budget, one, _ = caches(250)
-    for forward in range(3):
+    for _ in range(3):
         budget.begin()
         for name in "abcd":
             if name in one.entries:

@@ -71,7 +71,7 @@ def test_help_names_the_commands_and_an_unknown_one_is_refused():
 
 def test_bench_prints_a_table_and_writes_every_row_with_the_environment(tmp_path, capsys):
     file = tmp_path / "rows.csv"
-    arguments = ("--only", "hits", "--only", "kernels", "--only", "forwards", "--spec", "diffusers/wan")
+    arguments = ("--only", "hits", "--only", "kernels", "--only", "forwards", "diffusers/wan")
     status, out, _ = run("bench", *arguments, "--device", "cpu", "--seconds", 0.01, "--csv", file, capsys=capsys)
     assert status == 0
     rows = list(csv.DictReader(file.open()))
@@ -82,15 +82,20 @@ def test_bench_prints_a_table_and_writes_every_row_with_the_environment(tmp_path
     assert out.count("rope.forward") == 1 and str(file) in out
 
 
-def test_bench_finds_out_the_calls_of_a_real_size_without_making_it_on_the_way():
+def test_bench_finds_out_the_calls_of_a_real_size_by_a_forward_up_to_the_first_block():
     spec = Registry(plugins=False).get("diffusers/wan")
     model, arguments, calls = bench.real(spec, spec.bench_case("wan-2.1-1.3b-480p"), "cpu")
     called = {call.site.at: call for call in calls}
     assert tuple(called["rope.forward"].args[0].shape) == (1, 16, 21, 60, 104)
     assert called["condition_embedder.text_embedder.forward"].args[0] is arguments["encoder_hidden_states"]
-    assert not any(tensor.is_meta for tensor in model.parameters())
+    assert "forward" not in vars(model.rope) and not model.blocks[0]._forward_pre_hooks
+
+
+def test_bench_takes_a_library_for_all_its_specs():
+    names = [spec.name for spec in bench.choose(Registry(plugins=False), ["fastvideo", "diffusers/wan"])]
+    assert names[-1] == "diffusers/wan" and len(names) > 5 and all(each.startswith("fastvideo/") for each in names[:-1])
 
 
 def test_bench_refuses_an_unknown_spec(capsys):
-    status, _, err = run("bench", "--spec", "diffusers/nothing", capsys=capsys)
+    status, _, err = run("bench", "diffusers/nothing", capsys=capsys)
     assert status == 1 and "`diffusers/nothing`" in err

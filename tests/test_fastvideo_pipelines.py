@@ -16,6 +16,7 @@ import pytest
 import torch
 import toys
 from conftest import skip_unless_installed
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 import dit_patch
@@ -335,7 +336,7 @@ def generating(tiny, name):
     expected |= zip(transformers(tiny), each, strict=True)
 
 
-@pytest.mark.parametrize("name", [*pipelines.CASES, *VARIANTS])
+@pytest.mark.parametrize("name", [*pipelines.CASES, *(name for name in VARIANTS if name not in QUICK)])
 def test_latents_are_the_unpatched_pipelines_with_the_hits_that_are_due_and_nothing_is_left(name, patch):
     assert not same_bits(plain(name, 0), plain(name, 1))
     tiny = make(name)
@@ -353,8 +354,6 @@ def test_latents_are_the_unpatched_pipelines_with_the_hits_that_are_due_and_noth
         assert changed(before, tiny)
         assert agrees(tiny, name)
     assert not changed(before, tiny)
-    assert agrees(tiny, name, 1)
-    assert not changed(before, tiny)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -363,6 +362,16 @@ def test_every_hit_computed_again_is_what_was_kept(name, patch):
     handle = patch(tiny.pipeline, check="always")
     assert agrees(tiny, name, 1) and agrees(tiny, name, 0)
     assert not bypassed(handle) and hits(handle) > 10
+
+
+@pytest.mark.parametrize("name", ["causal_wan", "hunyuan15", "matrixgame3"])
+def test_with_room_for_some_results_only(name, patch):
+    tiny = make(name)
+    handle = patch(tiny.pipeline, max_bytes=30_000)
+    for seed in SEEDS:
+        assert agrees(tiny, name, seed)
+        assert 0 < handle.nbytes <= 30_000
+    assert hits(handle) and (bypassed(handle) or any(row.evictions for row in handle.stats()))
 
 
 @contextmanager
@@ -378,7 +387,9 @@ def in_float32(*tinies):
         yield
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", ["matrixgame2, short", "causal_wan", "wan_i2v", "wan22", "hunyuan", "hunyuan15", "matrixgame3_base"]
+)
 def test_float32_without_autocast(name, patch):
     in_bfloat16 = plain(name, 0)
     tiny, other = make(name), make(name)
@@ -465,21 +476,21 @@ def test_a_transformer_patched_alone_gets_the_caches_with_its_pipeline(name, pat
     tiny = make(name)
     sites = [KV, ACTION_KV] if "matrixgame2" in name else [KV]
     handle = patch(tiny.transformer)
-    assert caching(handle) == {at: (0, ("not in this pipeline",)) for at in sites}
+    assert caching(handle) == dict.fromkeys(sites, (0, ("not in this pipeline",)))
     latents, [caches] = filled(tiny)
     assert same_bits(latents, plain(name, 0))
     assert {type(index) for index in indices(caches)} == {torch.Tensor}
 
     assert dit_patch.apply(tiny.pipeline) is handle
-    assert caching(handle) == {at: (0, ("not called so far",)) for at in sites}
+    assert caching(handle) == dict.fromkeys(sites, (0, ("not called so far",)))
     latents, [caches] = filled(tiny)
     assert same_bits(latents, plain(name, 0))
     assert {type(index) for index in indices(caches)} == {int}
-    assert caching(handle) == {at: (1, ()) for at in sites}
+    assert caching(handle) == dict.fromkeys(sites, (1, ()))
 
     assert dit_patch.apply(tiny.transformer) is dit_patch.apply(tiny.pipeline) is handle
     assert agrees(tiny, name, 1)
-    assert caching(handle) == {at: (2, ()) for at in sites}, "patched once, however often it was asked for"
+    assert caching(handle) == dict.fromkeys(sites, (2, ())), "patched once, however often it was asked for"
     handle.remove()
     assert names(tiny) == names(twin(name))
     assert agrees(tiny, name)
@@ -516,16 +527,79 @@ def test_matrixgame2_played_live_with_gradients_enabled(patch):
 def test_a_window_that_changes_between_generations(patch):
     tiny, other = make("matrixgame2, short"), make("matrixgame2, short")
     handle = patch(tiny.pipeline)
-    windows = [(6, 0), (3, 0), (5, 1), (6, 0)]
     latents = []
-    for frames, sink in windows:
+    for frames, sink in [(6, 0), (3, 1), (6, 0)]:
         for each in (tiny, other):
             each.transformer.set_causal_attention_window(local_attn_size=frames, sink_size=sink)
         latents.append(pipelines.run(other))
         assert same_bits(pipelines.run(tiny), latents[-1]), (frames, sink)
-    first, second, third, last = latents
-    assert not same_bits(first, second) and not same_bits(second, third) and same_bits(first, last)
+    assert not same_bits(latents[0], latents[1]) and same_bits(latents[0], latents[2])
     assert not bypassed(handle)
+
+
+@pytest.mark.parametrize("name", ["wan", "causal_wan", "hunyuan15"])
+def test_a_prompt_that_the_user_keeps_is_known_again_and_one_written_into_is_new(name, patch):
+    def told(tiny):
+        kept = tiny.request().prompt_embeds
+        latents = [asked(tiny, kept), asked(tiny, kept, seed=1)]
+        kept[0].mul_(2)
+        return [*latents, asked(tiny, kept)]
+
+    tiny = make(name)
+    wanted = told(twin(name))
+    assert not same_bits(wanted[0], wanted[2])
+    handle = patch(tiny.pipeline)
+    assert all(map(same_bits, told(tiny), wanted))
+    at = "txt_in.input_embedder.forward" if name == "hunyuan15" else TEXT
+    (misses,) = [row.misses for row in handle.stats() if row.at == at]
+    # Of what is not said, which is new each time, three; of what is, one, and one more as it has changed.
+    assert misses == (2 if name == "causal_wan" else 2 + 3)
+
+
+def asked(tiny, prompts, seed=0):
+    batch = tiny.request(seed)
+    batch.prompt_embeds = list(prompts)
+    with pipelines._generating():
+        return tiny.pipeline.forward(batch, tiny.args).output
+
+
+def with_lora_on_the_prompt():
+    """A pipeline that adapts the prompt's projection, which FastVideo leaves out of all adapters, as it is set up."""
+    tiny = make("wan")
+    tiny.pipeline.trainable_transformer_modules = transformers(tiny)  # all pipelines share one dict
+    tiny.pipeline.exclude_lora_layers = {"transformer": []}
+    tiny.args.pipeline_config.text_encoder_precisions = ("bf16",)  # its LoRA layers return what they are given
+    return tiny
+
+
+@pytest.mark.parametrize("first", ["pipeline", "transformer"])
+@torch.compiler.set_stance("force_eager")  # the forwards of LoRA layers are compiled
+def test_lora_merged_and_unmerged_by_a_pipeline_counts_even_with_the_same_prompt(first, patch, tmp_path):
+    tensors = {}
+    for layer in ("fc_in", "fc_out"):
+        rows, columns = getattr(make("wan").transformer.condition_embedder.text_embedder, layer).weight.shape
+        place = f"diffusion_model.condition_embedder.text_embedder.{layer}"
+        tensors |= {f"{place}.lora_A.weight": 0.3 * torch.ones(2, columns)}
+        tensors |= {f"{place}.lora_B.weight": 0.3 * torch.ones(rows, 2)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+
+    def merging(tiny):
+        kept = tiny.request().prompt_embeds
+        yield asked(tiny, kept)
+        tiny.pipeline.set_lora_adapter("one", str(tmp_path / "lora.safetensors"))
+        yield asked(tiny, kept)
+        tiny.pipeline.unmerge_lora_weights()
+        yield asked(tiny, kept)
+        tiny.pipeline.merge_lora_weights()
+        yield asked(tiny, kept)
+
+    wanted = list(merging(with_lora_on_the_prompt()))
+    assert not any(map(same_bits, wanted, wanted[1:]))
+    tiny = with_lora_on_the_prompt()
+    if first == "transformer":
+        patch(tiny.transformer)
+    patch(tiny.pipeline)
+    assert list(map(same_bits, merging(tiny), wanted)) == [True] * 4
 
 
 SIZES = {
@@ -552,9 +626,7 @@ def test_a_size_that_changes_between_generations(name, patch):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first out first", "last out first"])
-@pytest.mark.parametrize(
-    "pair", [("wan", "matrixgame2, short"), ("causal_wan", "causal_wan"), ("wan22", "causal_wan22")], ids=" and ".join
-)
+@pytest.mark.parametrize("pair", [("wan", "matrixgame2, short"), ("causal_wan", "causal_wan")], ids=" and ".join)
 def test_two_pipelines_side_by_side(pair, order, patch):
     tinies, others = ([make(name, seed) for seed, name in enumerate(pair)] for _ in range(2))
     wanted = {(at, seed): pipelines.run(others[at], seed) for at in (0, 1) for seed in (0, 1)}
@@ -576,7 +648,9 @@ def test_two_pipelines_side_by_side(pair, order, patch):
     assert not any(filter(_is_code, changed(before[0], tinies[0])))
 
 
-@pytest.mark.parametrize("outer, inner", [("matrixgame2, short", "wan"), ("hunyuan15", "hunyuan15"), ("wan", "wan22")])
+@pytest.mark.parametrize(
+    "outer, inner", [("matrixgame2, short", "wan"), ("hunyuan15", "hunyuan15"), ("wan", "matrixgame3")]
+)
 def test_a_generation_inside_anothers_forward(outer, inner, patch):
     def nested(around, within):
         latents = []
@@ -628,7 +702,7 @@ def test_a_generation_may_fail_anywhere(name, patch):
     assert agrees(tiny, name)
     with StopAt() as whole:
         assert agrees(tiny, name)
-    for part in (0.5, 0.75, 0.95):  # in some, the stages before take the first half
+    for part in (0.6, 0.9):  # in some, the stages before take the first half
         with pytest.raises(ZeroDivisionError), StopAt(int(part * whole.calls)):
             pipelines.run(tiny)
         assert _get_current_function_mode() is None and current() is None

@@ -11,7 +11,8 @@ import torch
 import toys
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_patch.functions import sinusoid
+from dit_patch.functions import kv_cache, matrixgame3, sinusoid
+from dit_patch.hosts import fastvideo
 from dit_patch.keys import same_bits
 from dit_patch.registry import Registry
 from dit_patch.source import fingerprint
@@ -167,13 +168,98 @@ def test_the_table_of_skyreels_is_built_once(skyreels):
     assert later.count == 0
 
 
+# FastVideo's timestep_embedding.
+
+
+@pytest.fixture
+def fastvideo_embedding():
+    pytest.importorskip("fastvideo")
+    fastvideo.prepare()
+    from fastvideo.layers import visual_embedding
+
+    return visual_embedding.timestep_embedding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [256, 32, 7, 2])
+def test_fastvideo_s_embeddings_are_the_original_s_in_every_bit(fastvideo_embedding, dim, dtype):
+    t = torch.tensor(VALUES).to(dtype)
+    for args, kwargs in (
+        ((t, dim), {}),
+        ((t, dim, 5000), {}),
+        ((t,), {"dim": dim, "dtype": torch.float64}),
+        ((t[2:3], dim, 10000, torch.bfloat16), {}),
+    ):
+        ours = sinusoid.timestep_embedding(fastvideo_embedding, None, args, kwargs)
+        assert same(ours, fastvideo_embedding(*args, **kwargs))
+
+
+def test_fastvideo_s_table_is_built_once_and_holds_numbers_under_a_meta_default_device(fastvideo_embedding):
+    sinusoid._periods.cache_clear()
+    t = torch.tensor([3.0, 5.0])
+    expected = fastvideo_embedding(t, 64)
+    with torch.device("meta"), torch.inference_mode(), Built() as first:
+        under_meta = sinusoid.timestep_embedding(fastvideo_embedding, None, (t, 64), {})
+    with Built() as later:
+        after = sinusoid.timestep_embedding(fastvideo_embedding, None, (t, 64), {})
+    assert same(after, expected) and torch.equal(under_meta, expected)
+    assert first.count > 0 and later.count == 0
+
+
+# MatrixGame 3's rotary embedding.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sigma, heads, width", [(0.8, 3, 24), (0.0, 2, 24), (0.8, 2, 128), (0.0, 1, 80)])
+def test_matrixgame3_s_rotation_is_the_original_s_in_every_bit(sigma, heads, width, dtype):
+    pytest.importorskip("fastvideo")
+    fastvideo.prepare()
+    from fastvideo.models.dits.matrixgame3 import model
+
+    freqs = model._build_rope_freqs(max_seq_len=32, head_dim=width, num_heads=heads, sigma_theta=sigma)
+    x = torch.randn(2, 2 * 3 * 4, heads, width).to(dtype)
+    for frames in (torch.tensor([9, 3]), torch.arange(2, dtype=torch.int32), [0, 1]):
+        given = {"height": 3, "width": 4, "frame_indices": frames}
+        ours = matrixgame3.apply_rope(model._apply_rope_with_frame_indices, None, (x, freqs), given)
+        assert same(ours, model._apply_rope_with_frame_indices(x, freqs, **given))
+
+
+# KV caches.
+
+
+def test_indices_of_kv_caches_become_integers_with_one_read_from_the_device():
+    keys = torch.ones(1, 2)
+    cache = {"k": keys, "global_end_index": torch.tensor([7]), "local_end_index": torch.tensor([3]), "is_init": False}
+    other = {"k": keys, "global_end_index": torch.tensor(5), "local_end_index": 2}
+    caches = [cache], [other]
+    assert kv_cache.integer_indices(caches) is caches
+    assert {name: value for name, value in cache.items() if name != "k"} == {
+        "global_end_index": 7,
+        "local_end_index": 3,
+        "is_init": False,
+    }
+    assert cache["k"] is keys and type(other["global_end_index"]) is int
+    assert (other["global_end_index"], other["local_end_index"]) == (5, 2)
+
+
+@pytest.mark.parametrize("caches", [None, [], [{}], [{"k_end_index": torch.ones(2, dtype=torch.long)}], "text", 3])
+def test_what_has_no_index_is_left_as_it_is(caches):
+    before = repr(caches)
+    assert kv_cache.integer_indices(caches) is caches and repr(caches) == before
+
+
 # Every replacement that a bundled spec names.
 
 USES = {site.use: site.source for spec in Registry(plugins=False) for site in spec.sites if site.use}
 
 
 def test_these_are_the_replacements_tested_here():
-    assert {use.partition(":")[2] for use in USES if ".sinusoid:" in use} == {"timesteps", "skyreels_timesteps"}
+    assert {use.removeprefix("dit_patch.functions.") for use in USES} == {
+        "sinusoid:timesteps",
+        "sinusoid:skyreels_timesteps",
+        "sinusoid:timestep_embedding",
+        "matrixgame3:apply_rope",
+    }
 
 
 @pytest.mark.parametrize("use", USES)
@@ -181,6 +267,14 @@ def test_a_replacement_takes_wrapt_s_four_arguments(use):
     place, _, name = use.partition(":")
     function = getattr(__import__(place, fromlist=[name]), name)
     assert list(inspect.signature(function).parameters) == ["original", "instance", "args", "kwargs"]
+
+
+def test_the_fingerprint_of_fastvideo_s_original_is_one_that_the_spec_knows(fastvideo_embedding):
+    from fastvideo.models.dits.matrixgame3 import model
+
+    assert fingerprint(fastvideo_embedding) in USES["dit_patch.functions.sinusoid:timestep_embedding"]
+    known = USES["dit_patch.functions.matrixgame3:apply_rope"]
+    assert fingerprint(model._apply_rope_with_frame_indices) in known
 
 
 def test_the_fingerprint_of_the_installed_original_is_one_that_the_spec_knows(skyreels):

@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from dit_patch.cache import Budget
+from dit_patch.cache import Budget, tensors_in
 from dit_patch.keys import Pins
 from dit_patch.memo import Memo, same
 
@@ -395,3 +396,31 @@ def test_many_threads_get_right_results_under_a_tight_budget():
             thread.join()
     assert not wrong and site.off is None
     assert site.cache.budget.used == site.cache.nbytes <= 2000
+
+
+# Flex block masks.
+
+
+def block_mask(ends, size=256, extra=0):
+    def causal(b, h, q, kv):
+        return (kv < ends[q]) | (kv == q + extra)
+
+    return create_block_mask(causal, None, None, size, size, device="cpu", _compile=False)
+
+
+def test_block_masks_are_the_same_where_all_that_they_run_with_is():
+    ends = torch.full((256,), 200)
+    mask = block_mask(ends)
+    assert same(mask, block_mask(ends.clone()))
+    ends = ends.clone()
+    ends[3] = 201  # within the same blocks
+    assert torch.equal(block_mask(ends).kv_num_blocks, mask.kv_num_blocks)
+    assert not same(mask, block_mask(ends))
+    assert not same(mask, block_mask(torch.full((256,), 200), extra=1))
+    assert not same(mask, block_mask(torch.full((256,), 200), size=128))
+
+
+def test_what_a_block_mask_has_captured_is_held_and_watched():
+    ends = torch.full((256,), 200)
+    tensors = list(tensors_in(block_mask(ends)))
+    assert any(tensor is ends for tensor in tensors)

@@ -116,6 +116,71 @@ def test_a_star_is_each_child_at_one_step():
     assert resolve.submodules(model, "", "here") == [model]
 
 
+def test_of_what_a_star_stands_for_only_those_count_that_go_on_as_the_address_does():
+    model = toys.build()
+    model.blocks[0].last = None
+    assert resolve.targets(model, "blocks.*.last.forward", "here") == [(model.blocks[1].last, "forward")]
+    assert resolve.branches(model, "blocks.*.last", "here") == [(model.blocks[1].last, ("1",))]
+    assert resolve.filled_in("blocks.*.first.*", ("1",)) == "blocks.1.first.*"
+    model.blocks[1].last = None
+    with pytest.raises(SiteError, match="blocks.0 has no submodule `last`"):
+        resolve.targets(model, "blocks.*.last.forward", "here")
+
+
+class Stage:
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+    def _initialize_kv_cache(self):
+        return []
+
+
+def test_an_address_in_the_pipeline_is_a_method_of_the_stages_that_run_the_model():
+    model, other = toys.build(), toys.build()
+    runs, runs_compiled = Stage(transformer=model), Stage(transformer_2=torch.compile(model), transformer=model)
+    pipe = types.SimpleNamespace(stages=[Stage(), runs, Stage(transformer=other), runs_compiled, runs, 3])
+    assert resolve.stages(pipe, model) == [runs, runs_compiled]
+    found = resolve.targets(model, "pipeline:_initialize_kv_cache", "here", pipe)
+    assert found == [(runs, "_initialize_kv_cache"), (runs_compiled, "_initialize_kv_cache")]
+    with pytest.raises(SiteError, match="has a method `nothing`; the stages that do: Stage, Stage"):
+        resolve.targets(model, "pipeline:nothing", "here", pipe)
+    with pytest.raises(SiteError, match="the stages that do: none"):
+        resolve.targets(model, "pipeline:_initialize_kv_cache", "here", model)
+
+
+@pytest.mark.parametrize("address", ["toys:nothing", "nowhere:f", "toys:rank"])
+def test_a_function_that_is_none_is_an_error(address):
+    with pytest.raises(SiteError, match=f"here: `{address}` (cannot be found|is a list, which cannot be called)"):
+        resolve.function(address, "here")
+    assert resolve.function("toys:shift", "here") is toys.shift
+
+
+def test_a_forward_of_its_own_is_told_from_an_inherited_one():
+    class Decorated(toys.Toy):
+        forward = torch.no_grad()(toys.Toy.forward)
+
+    class Own(toys.Toy):
+        def forward(self, x):
+            return x
+
+    own = {cls: resolve.own_forward(toys.build(cls), ("toys.Toy",)) for cls in (toys.Toy, toys.Child, Decorated, Own)}
+    assert own == {toys.Toy: False, toys.Child: False, Decorated: False, Own: True}
+
+
+def test_a_part_of_a_pipeline_that_runs_compiled_is_told():
+    model, whole = toys.build(), toys.build()
+    assert resolve.compiled_in(pipeline(transformer=torch.compile(model)), model)
+    assert not resolve.compiled_in(pipeline(transformer=model, other=torch.compile(whole)), model)
+    assert resolve.compiled_in(torch.compile(model), model)
+
+
+def test_a_block_whose_forward_was_replaced_by_compiled_code_is_told():
+    model = toys.build()
+    assert not resolve.compiled(model.embed)
+    model.embed.forward = torch.compile(model.embed.forward)
+    assert resolve.compiled(model.embed) and resolve.compiled_along(model, "embed.first")
+
+
 def test_compiled_submodules_are_seen_through():
     model = toys.build()
     table = model.table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -419,6 +420,59 @@ def test_after_clearing_a_stand_in_is_made_anew(patched):
     assert model.table._made == 2
 
 
+def test_a_result_is_unused_only_with_what_makes_it_so(patched):
+    site = "- {at: table.forward, kind: rope, key: {x: [shape]}, unused_with: [model.mask, model.window]}"
+    model, plain, handle = patched(site)
+    agree(model, plain, toys.inputs() | {"window": 1})
+    for mask in ([MASK, None], [None]):
+        with torch.no_grad(), contextlib.suppress(AttributeError):  # the toy wants a tensor
+            model(**toys.inputs() | {"mask": mask, "window": 1})
+        assert not model.seen.isnan().any()
+    with torch.no_grad():
+        model(**toys.inputs() | {"mask": MASK, "window": 1})
+    assert model.seen.isnan().all()
+
+
+# Results that are put through a function.
+
+
+def test_a_result_is_put_through_what_then_names(patched):
+    model, plain, handle = patched("- {at: table.forward, kind: rope, then: 'toys:negated'}")
+    with torch.no_grad():
+        model(**toys.inputs()), plain(**toys.inputs())
+    assert torch.equal(model.seen, -plain.seen)
+    assert counts(handle, "table.forward") == (1, 0, {})
+    handle.remove()
+    model(**toys.inputs())
+    assert torch.equal(model.seen, plain.seen)
+
+
+# What a result depends on besides the call.
+
+
+def test_the_value_of_a_function_counts(patched, monkeypatch):
+    monkeypatch.setattr(toys, "rank", [0])
+    model, plain, handle = patched("- {at: table.forward, kind: rope, key: {x: [shape]}, reads: ['toys:my_rank']}")
+    for rank in (0, 0, 1, 1, 0):
+        toys.rank[0] = rank
+        agree(model, plain, toys.inputs())
+    assert counts(handle, "table.forward") == (3, 2, {})
+
+
+def test_a_star_in_reads_is_what_it_is_in_the_address(patched):
+    site = "- {at: blocks.*.last.forward, kind: context, key: {input: [shape], model.text: [identity]}, "
+    model, plain, handle = patched(site + "reads: [blocks.*.first]}")
+    given = toys.inputs()
+    agree(model, plain, given, given)
+    before = counts(handle, "blocks.*.last.forward")
+    for each in (model, plain):
+        with torch.no_grad():
+            each.blocks[1].first.weight.mul_(2)
+    agree(model, plain, given)
+    hits, misses, _ = counts(handle, "blocks.*.last.forward")
+    assert (hits - before[0], misses - before[1]) == (1, 1)
+
+
 # Replacements.
 
 SOURCE = fingerprint(toys.Sinusoid.forward)
@@ -524,6 +578,33 @@ def test_tensors_made_from_sizes_alone_are_kept(patched):
     model, plain, handle = patched("- {at: embed..blocks.0, kind: mask}")
     agree(model, plain, *[toys.inputs()] * 3)
     assert counts(handle, "embed..blocks.0") == (2, 1, {})
+
+
+def test_a_span_may_begin_where_the_forward_does(patched):
+    model, plain, handle = patched("- {at: ..first, kind: rope}", cls=toys.Counting)
+    x = torch.randn(3, 2)
+    agree(model, plain, *[{"x": x, "rows": [2, 0]}] * 3)
+    assert counts(handle, "..first") == (4, 2, {})
+    assert model.seen[0][0] is model.seen[2][0] and model.seen[0][1] is model.seen[2][1]
+    agree(model, plain, {"x": x, "rows": [1, 0]})
+    assert counts(handle, "..first") == (5, 3, {})
+    handle.remove()
+    model(x, [2, 0])
+    assert model.seen[-1][0] is not model.seen[0][0]
+
+
+def test_whether_a_known_tensor_is_true_is_asked_once(patched):
+    model, plain, handle = patched(
+        "- {at: first..last, kind: context, key: {model.mask: [identity]}}", cls=toys.Counting
+    )
+    x, zeros, ones = torch.randn(3, 2), [torch.zeros(2)], [torch.ones(2)]
+    given = [{"x": x, "rows": [0], "mask": mask} for mask in (zeros, ones)]
+    agree(model, plain, *given, *given, *given)
+    row = toys.row(handle, "first..last")
+    assert row.misses == 2 * 3 and row.hits == 4 * 3  # eq, all and bool
+    zeros[0][1] = 1.0
+    agree(model, plain, *given)
+    assert toys.row(handle, "first..last").misses == 3 * 3
 
 
 def test_nothing_outside_the_span_is_watched(patched):

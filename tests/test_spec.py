@@ -198,7 +198,8 @@ class TestComplaints:
         [
             (
                 {"kind": "ropee"},
-                "kind: expected one of rope, timestep, mask, context, rotary, kv_cache, not `ropee`; did you mean `rope`?",
+                "kind: expected one of rope, timestep, mask, context, rotary, kv_cache, not `ropee`; "
+                "did you mean `rope`?",
             ),
             ({"key": {"x": ["shap"]}}, "not `shap`; did you mean `shape`?"),
             ({"key": {"x": []}}, "key.x: must not be empty"),

@@ -121,6 +121,25 @@ class Twice(torch.nn.Module):
         return self.time(t) + 10 * self.time(t * 2)
 
 
+class Counting(torch.nn.Module):
+    """Makes the numbers of its rows before it enters anything, and asks whether a mask holds anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Identity()
+        self.last = torch.nn.Identity()
+        self.seen = []
+
+    def forward(self, x, rows, mask=None):
+        rows = torch.tensor(list(rows))
+        order = torch.arange(2, dtype=torch.long)
+        self.seen.append((rows, order))
+        x = self.first(x)[rows]
+        if mask is not None and torch.all(mask[0] == 0):
+            x = -x
+        return self.last(x)
+
+
 class Lazy(torch.nn.Module):
     """Leaves what it made in an attribute."""
 
@@ -200,6 +219,17 @@ def same_snapshot(before, after) -> bool:
 
 
 # Replacements for `use:`, in wrapt's four arguments.
+
+
+def negated(result):
+    return -result
+
+
+rank = [0]
+
+
+def my_rank():
+    return rank[0]
 
 
 def good_sinusoid(original, instance, args, kwargs):

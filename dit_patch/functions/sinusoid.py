@@ -6,7 +6,6 @@ The operations on the timesteps, and the order of those that build the table, ar
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 
 import torch
@@ -20,7 +19,7 @@ def timesteps(original, instance, args, kwargs) -> torch.Tensor:
     Hoists `exp(-log(10000) * arange(half) / (half - shift))`, and leaves out a multiplication by a scale of 1 and the
     second concatenation of the two halves, neither of which changes a bit.
     """
-    (timesteps,) = inspect.signature(original).bind(*args, **kwargs).args
+    timesteps = _of_timesteps(*args, **kwargs)
     half = instance.num_channels // 2
     table = _frequencies(half, instance.downscale_freq_shift, timesteps.device, _stream(timesteps.device))
     angles = timesteps[:, None].float() * table[None, :]
@@ -38,7 +37,7 @@ def skyreels_timesteps(original, instance, args, kwargs) -> torch.Tensor:
 
     The table is float64 (float32 where the device has no float64), and so is the result.
     """
-    (timesteps,) = inspect.signature(original).bind(*args, **kwargs).args
+    timesteps = _of_timesteps(*args, **kwargs)
     table = _powers(instance.num_channels, timesteps.device, _stream(timesteps.device))
     angles = torch.outer(timesteps.reshape(-1), table)
     halves = [torch.sin(angles), torch.cos(angles)]
@@ -51,17 +50,23 @@ def skyreels_timesteps(original, instance, args, kwargs) -> torch.Tensor:
 def timestep_embedding(original, instance, args, kwargs) -> torch.Tensor:
     """For FastVideo's `timestep_embedding(t, dim, max_period, dtype)`: (N,) of any real dtype -> (N, dim).
 
-    The table is made on the default device, as there, and kept on that of `t`; in float32 unless `dtype` says otherwise.
+    The table is made on the default device, as there, and kept on that of `t`; its dtype is `dtype`.
     """
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    t, dim, max_period, dtype = bound.args
+    t, dim, max_period, dtype = _of_embedding(*args, **kwargs)
     table = _periods(dim // 2, max_period, dtype, default_device(), t.device, _stream(t.device))
     angles = t[:, None].float() * table[None]
     halves = [torch.cos(angles), torch.sin(angles)]
     if dim % 2:
         halves.append(torch.zeros_like(angles[:, :1]))
     return torch.cat(halves, dim=-1)
+
+
+def _of_timesteps(timesteps):
+    return timesteps
+
+
+def _of_embedding(t, dim, max_period=10000, dtype=torch.float32):
+    return t, dim, max_period, dtype
 
 
 def _stream(device: torch.device) -> int | None:
