@@ -26,6 +26,7 @@ from .errors import SiteError
 PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 """Tensor types whose contents are what their storage holds. Others (fake, functional, quantised ...) are bypassed."""
 
+CAPTURING = "a CUDA graph is being captured"
 _SMALL = 4096  # bytes up to which a CPU tensor's content goes into the key itself
 _fake_mode = torch._C._TorchDispatchModeKey.FAKE
 
@@ -211,11 +212,27 @@ _autocast = torch._C._is_any_autocast_enabled
 _cuda = torch.cuda.is_initialized
 
 
-def ambient() -> Hashable:
+class _AnyStream:
+    """Equal to every stream."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+_ANY_STREAM = _AnyStream()
+
+
+def ambient(*, constant: bool = False) -> Hashable:
     """The state around a call that changes its result without being an argument: autocast, default device, CUDA stream.
 
+    Args:
+        constant: the result depends on nothing that a tensor holds, and so may become a part of a CUDA graph.
+
     Raises:
-        Uncacheable: where results are not numbers (fake tensors, tracing, functorch) or not there yet (graph capture).
+        Uncacheable: where results are no numbers (fake tensors, tracing, functorch), or a CUDA graph would replay them.
     """
     if _dispatch_modes() and torch._C._get_dispatch_mode(_fake_mode) is not None:
         raise Uncacheable("fake tensors")
@@ -225,12 +242,19 @@ def ambient() -> Hashable:
         raise Uncacheable("a functorch transform")
     if not _autocast() and not _cuda():
         return default_device()
-    if _cuda() and torch.cuda.is_current_stream_capturing():
-        # A graph would replay what was found at capture, whatever is in its inputs by then.
-        raise Uncacheable("a CUDA graph is being captured")
-    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind))
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()) if _cuda() else None
+    if capturing():
+        # A graph would replay what was found at capture, whatever is in its inputs by then.
+        if not constant:
+            raise Uncacheable(CAPTURING)
+        stream = _ANY_STREAM  # a capture begins with all streams having ended their work
+    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind))
     return autocast, stream, torch.cuda.current_device() if _cuda() else None, default_device()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can then be computed for later, or brought from the host."""
+    return _cuda() and torch.cuda.is_current_stream_capturing()
 
 
 def default_device() -> torch.device | None:

@@ -49,7 +49,7 @@ def live(
         return [], f"left alone: it counts on the forward that {type(model).__name__} replaces"
     try:
         if site.is_span:
-            ends = [resolve.submodules(model, path, where)[0] if path else None for path in site.span]
+            ends = _ends(model, *site.span, where)
         else:
             targets = resolve.targets(model, site.at, where, target)
         leftovers = _leftovers(model, site.clears, where)
@@ -61,7 +61,7 @@ def live(
         return [], f"not in {type(model).__name__}, which has a forward of its own"
     parameters = (*scope.parameters(model), *spec.parameters)
     if site.is_span:
-        return [Span(site, model, *ends, parameters, where=where, budget=budget, check=check)], None
+        return [Span(site, model, *each, parameters, where=where, budget=budget, check=check) for each in ends], None
     note = None
     replacement = _replacement(site, *targets[0], where) if site.use else None
     if site.use and replacement is None:
@@ -86,8 +86,21 @@ def live(
 
 
 def _counts_on_the_forward(site: Site) -> bool:
-    """Whether the site is only right inside the forward that its spec was written for."""
-    return bool(site.is_span or site.unused or site.unused_with or any(name.startswith("model.") for name in site.key))
+    """Whether the site is only right inside the forward that its spec was written for.
+
+    A span is not: each of its steps is known by what it is called with.
+    """
+    borrows = not site.is_span and any(name.startswith("model.") for name in site.key)
+    return bool(site.unused or site.unused_with or borrows)
+
+
+def _ends(model: torch.nn.Module, start: str, end: str, where: str) -> list[tuple[Any, torch.nn.Module, str]]:
+    """For each span of an address where it begins (None: with the forward), where it ends, and the path to there."""
+    found = []
+    for module, stars in resolve.branches(model, end, where):
+        begin = resolve.submodules(model, resolve.filled_in(start, stars), where)[0] if start else None
+        found.append((begin, module, resolve.filled_in(end, stars)))
+    return found
 
 
 def _stars(model: torch.nn.Module, at: str, where: str) -> Iterable[tuple[str, ...]]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from .cache import Budget, Cache, Entry, map_tensors, mask_parts, tensors_in
-from .keys import PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
+from .keys import CAPTURING, PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
 
 _function_modes = torch._C._len_torch_function_stack
 CHECKS = ("first", "always", "never")
@@ -70,6 +70,15 @@ class Memo:
                 return None
         cache.hit(entry)
         return entry
+
+    def found(self, key: Hashable) -> Entry | None:
+        """The entry under `key`, in which any stream may stand for all, if it may be handed out as it is."""
+        for stored, entry in list(self.cache.entries.items()):
+            if stored == key and entry.checked and not entry.written():
+                self.cache.hit(entry)
+                return entry
+        self.bypass(CAPTURING)
+        return None
 
     def recall(self, key: Hashable, call: Call) -> Any:
         """The result under `key`: stored, or computed (and then stored, so that the next call gets the same object)."""

@@ -19,7 +19,7 @@ import torch
 from . import scope, wrapped
 from .cache import Budget, map_tensors
 from .errors import SiteError, suggest
-from .keys import Pins, Plan, Uncacheable, ambient
+from .keys import Pins, Plan, Uncacheable, ambient, capturing
 from .memo import Memo, same
 from .scope import Frame
 from .spec import Site
@@ -86,6 +86,8 @@ class Patch:
         self._epoch = 0
         self._unused = site.unused
         self._unused_with = tuple(name.removeprefix("model.") for name in site.unused_with)
+        contents = any(facet in ("identity", "values") for facets in site.key.values() for facet in facets)
+        self._constant = not contents and not any(True for module in modules for _ in module.parameters())
         self._moves = site.device is not None
         self._dtype = getattr(torch, site.dtype) if site.dtype else None
         self._unkeyed = means.replacement is not None and not site.key
@@ -160,8 +162,10 @@ class Patch:
         if memo.off is not None:
             return original(*args, **kwargs)
         try:
-            around = ambient()
-            if self._unused or (self._unused_with and frame is not None and self._all_given(frame)):
+            around = ambient(constant=self._constant)
+            if capturing():
+                return self._in_capture(around, ordinal, original, args, kwargs, frame)
+            if self._unread(frame):
                 return self._stand_in(original, args, kwargs, frame)
             if self._unkeyed:
                 memo.cache.hits += 1
@@ -175,6 +179,21 @@ class Patch:
             return entry.fresh()
         return memo.recall(key, _Call(self, original, args, kwargs, frame))
 
+    def _in_capture(
+        self, around: Hashable, ordinal: int, original: Callable, args: tuple, kwargs: dict, frame: Frame | None
+    ) -> Any:
+        """What is there already, or the original's result: a CUDA graph must not hold what is meant for later calls."""
+        if self._unread(frame):
+            made = self._stand_ins.get(self._target(frame))
+            if made is not None:
+                return made
+        elif self._unkeyed:
+            if self.memo.check == "never" or self.signature(args, kwargs) in self._proven:
+                return self.replacement(original, self.owner, args, kwargs)
+        elif (entry := self.memo.found(self._key(around, ordinal, args, kwargs, frame))) is not None:
+            return entry.fresh()
+        return original(*args, **kwargs)
+
     def _key(self, around: Hashable, ordinal: int, args: tuple, kwargs: dict, frame: Frame | None) -> Hashable:
         epoch = 0
         if self._state is not None:
@@ -186,7 +205,7 @@ class Patch:
         if parts is None:
             raise Uncacheable("called outside the model's forward")
         if self._moves:
-            parts.append(None if frame is None else frame.device)
+            parts.append(self._target(frame))
         if self._values:
             parts += [read() for read in self._values]
         # What a call borrows from the model's forward does not tell two calls within one forward apart.
@@ -204,8 +223,10 @@ class Patch:
                 kwargs[name] = value
         return tuple(args), kwargs
 
-    def _all_given(self, frame: Frame) -> bool:
-        """Whether the forward got every argument of `unused_with`, with something in each place."""
+    def _unread(self, frame: Frame | None) -> bool:
+        """Whether nobody reads the result: ever, or where the forward got all of `unused_with`."""
+        if self._unused or not self._unused_with or frame is None:
+            return self._unused
         given = [] if frame.nameless else [frame.argument(name) for name in self._unused_with]
         return bool(given) and all(
             value is not None and not (isinstance(value, (list, tuple)) and any(item is None for item in value))
@@ -214,7 +235,7 @@ class Patch:
 
     def _stand_in(self, original: Callable, args: tuple, kwargs: dict, frame: Frame | None) -> Any:
         """In place of a result that nobody reads: one that would show if somebody did."""
-        device = frame.device if frame is not None and self._moves else None
+        device = self._target(frame)
         if device not in self._stand_ins:
             self.memo.cache.miss()
             result = self.memo.timed(lambda: original(*args, **kwargs))
@@ -229,9 +250,13 @@ class Patch:
             frame.calls[self] = 1
         return self.then(result)
 
+    def _target(self, frame: Frame | None) -> torch.device | None:
+        """Where the spec wants results to be; None: wherever they are made."""
+        return frame.device if frame is not None and self._moves else None
+
     def place(self, value: Any, frame: Frame | None) -> Any:
         """`value` where and as the spec wants it, so that the caller's own `.to()` has nothing left to do."""
-        device = frame.device if frame is not None and self._moves else None
+        device = self._target(frame)
         if device is None and self._dtype is None:
             return value
         return map_tensors(lambda tensor: tensor.to(device=device, dtype=self._dtype), value)

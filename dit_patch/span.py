@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from . import scope
 from .cache import Budget, Entry
 from .errors import SiteError, suggest
-from .keys import Argument, Pins, Uncacheable, ambient
+from .keys import Argument, Pins, Uncacheable, ambient, capturing
 from .memo import Memo
 from .resolve import compiled_along
 from .spec import Site
 
+_CPU = torch.device("cpu")
 _FACTORIES = frozenset({"arange", "full", "ones", "tensor", "zeros"})
 _METHODS = frozenset(
     """
@@ -37,7 +38,8 @@ _METHODS = frozenset(
 class Span:
     """A live span of `model`, between the end of its submodule `start`, or of nothing, and the beginning of `end`.
 
-    A span without a `start` has to be told that a forward begins: `begin()`. `parameters` are the forward's.
+    A span without a `start` has to be told that a forward begins: `begin()`. `path` is that of `end`; `parameters` are
+    the forward's.
 
     Raises:
         SiteError: where the spec names an argument that the model's forward does not have.
@@ -49,13 +51,14 @@ class Span:
         model: torch.nn.Module,
         start: torch.nn.Module | None,
         end: torch.nn.Module,
+        path: str,
         parameters: Sequence[str],
         *,
         where: str,
         budget: Budget,
         check: str,
     ) -> None:
-        self.site, self.model, self.start, self.end, self.where = site, model, start, end, where
+        self.site, self.model, self.start, self.end, self.path, self.where = site, model, start, end, path, where
         self.memo = Memo(where, budget, check)
         self.names = [name.removeprefix("model.") for name in site.key]
         for name in self.names:
@@ -87,15 +90,15 @@ class Span:
         if frame is None or frame.model is not self.model or frame.calls.get(self):
             return
         frame.calls[self] = 1
-        if self.memo.off is not None:
+        if self.memo.off is not None or (self.site.accelerator and frame.device == _CPU):
             return
         try:
-            if compiled_along(self.model, self.site.span[1]):
+            if compiled_along(self.model, self.path):
                 # A mode that is on when a compiled function is entered would have it compiled again.
                 raise Uncacheable("the submodule after it is compiled")
             if self.names and frame.nameless:
                 raise Uncacheable("the model was called with positional arguments that its spec does not name")
-            mode = _Watch(self, ambient(), [frame.argument(name) for name in self.names])
+            mode = _Watch(self, ambient(constant=True), [frame.argument(name) for name in self.names])
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
             return
@@ -118,6 +121,7 @@ class _Watch(TorchFunctionMode):
         self.given = [value for value in listed if isinstance(value, torch.Tensor)]
         self.known = {id(tensor): tensor for tensor in self.given}
         self.made: dict[int, Entry] = {}
+        self.capturing = capturing()
 
     def finish(self) -> None:
         # After an interrupt, modes of others may be above this one, which `__exit__` would take for it.
@@ -144,6 +148,10 @@ class _Watch(TorchFunctionMode):
         except Uncacheable as reason:
             memo.bypass(str(reason))
             return function(*args, **kwargs)
+        if self.capturing:
+            # What has no tensor in it is the same at every replay.
+            entry = None if inputs else memo.found(key)
+            return function(*args, **kwargs) if entry is None else entry.fresh()
         result = memo.recall(key, step)
         entry = memo.cache.entries.get(key)
         if entry is not None and isinstance(result, torch.Tensor):

@@ -165,6 +165,11 @@ class Site(_Declared):
         "start and whenever the model moves to another device.",
     )
     optional: Flag = Field(default=False, description="true: a model without this address is fine.")
+    accelerator: Flag = Field(
+        default=False,
+        description="For a span; true: only where the model runs on another device than the CPU, on which there would be "
+        "nothing to save.",
+    )
     unused: Flag = Field(default=False, description="true: the result is never read, so a stand-in is returned.")
     unused_with: tuple[ModelArgument, ...] = Field(
         default=(),
@@ -216,13 +221,17 @@ class Site(_Declared):
             yield ("at",), "a method of the pipeline needs `then`: nothing that it returns is kept"
         if self.is_span:
             yield from self._broken_span_rules()
+        elif self.accelerator:
+            yield ("accelerator",), "goes only with a span"
 
     def _broken_span_rules(self) -> Iterator[Complaint]:
         start, end = self.span
         if start == end:
             yield ("at",), "a span lies between two different submodules"
-        for name in sorted(self.model_fields_set - {"at", "kind", "key", "optional"}):
-            yield (name,), "does not go with a span, which takes only at, kind, key and optional"
+        if start.count("*") != end.count("*"):
+            yield ("at",), "both ends of a span have the same `*`: one span for each thing that they stand for"
+        for name in sorted(self.model_fields_set - {"at", "kind", "key", "optional", "accelerator"}):
+            yield (name,), "does not go with a span, which takes only at, kind, key, optional and accelerator"
         for name, facets in self.key.items():
             if not name.startswith("model."):
                 yield ("key", name), f"a span has no arguments; did you mean `model.{name}`?"

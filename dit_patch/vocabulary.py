@@ -18,9 +18,9 @@ _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 _MODULE = rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*"
 _STEP = r"(?:[A-Za-z_][A-Za-z0-9_]*|[0-9]+)"
 _PATH = rf"{_STEP}(?:\.{_STEP})*"
-_SPAN = rf"(?:{_PATH})?\.\.{_PATH}"
-_ATTRIBUTE = rf"(?:(?:{_STEP}|\*)\.)*{_IDENTIFIER}"
 _BRANCH = rf"(?:{_STEP}|\*)(?:\.(?:{_STEP}|\*))*"
+_SPAN = rf"(?:{_BRANCH})?\.\.{_BRANCH}"
+_ATTRIBUTE = rf"(?:(?:{_STEP}|\*)\.)*{_IDENTIFIER}"
 _GLOBAL = rf"{_MODULE}:{_IDENTIFIER}"
 
 
@@ -52,7 +52,7 @@ Address = Annotated[
     _Shape(
         rf"{_SPAN}|{_ATTRIBUTE}|{_GLOBAL}",
         "an address; it is `path.to.attribute` (`*` is any one step, not the last), `forward:name`, `pipeline:name`, "
-        "`package.module:name`, or `a..b` for the span between two submodules (no `*`)",
+        "`package.module:name`, or `a..b` for the span between two submodules",
     ),
 ]
 AttributePath = Annotated[

@@ -179,7 +179,8 @@ def contents(tiny):
     }
     for name, module in list(sys.modules.items()):
         if _is_code(name):
-            found[name] = {key: value for key, value in vars(module).items() if callable(value)}
+            # Dynamo's own, which come and go with what it has compiled, begin with two underscores.
+            found[name] = {key: each for key, each in vars(module).items() if callable(each) and key[:2] != "__"}
     return found
 
 

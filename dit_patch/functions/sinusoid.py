@@ -10,7 +10,9 @@ import math
 
 import torch
 
-from ..keys import default_device, on_a_real_device
+from ..keys import capturing, default_device, on_a_real_device
+
+_TABLES = 32  # of each kind, at the most
 
 
 def timesteps(original, instance, args, kwargs) -> torch.Tensor:
@@ -75,7 +77,20 @@ def _stream(device: torch.device) -> int | None:
 
 
 def _table(build):
-    @functools.lru_cache(maxsize=32)
+    """`build` with its results kept by what they are built of, device and stream at the end."""
+    tables: dict[tuple, torch.Tensor] = {}
+
+    @functools.wraps(build)
+    def find(*key) -> torch.Tensor:
+        table = tables.get(key)
+        if table is None and capturing():  # nothing can be brought to the device, and no stream is at work
+            table = next((each for other, each in tables.items() if other[:-1] == key[:-1]), None)
+        if table is None:
+            table = tables[key] = build_plain(*key)
+            if len(tables) > _TABLES:
+                tables.pop(next(iter(tables)), None)
+        return table
+
     def build_plain(*key) -> torch.Tensor:
         with (
             torch.inference_mode(False),
@@ -85,7 +100,8 @@ def _table(build):
         ):
             return build(*key)
 
-    return build_plain
+    find.cache_clear = tables.clear
+    return find
 
 
 @_table
