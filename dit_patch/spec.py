@@ -167,8 +167,8 @@ class Site(_Declared):
     optional: Flag = Field(default=False, description="true: a model without this address is fine.")
     accelerator: Flag = Field(
         default=False,
-        description="For a span; true: only where the model runs on another device than the CPU, on which there would be "
-        "nothing to save.",
+        description="For a span; true: only where the model runs on another device than the CPU, on which there would "
+        "be nothing to save.",
     )
     unused: Flag = Field(default=False, description="true: the result is never read, so a stand-in is returned.")
     unused_with: tuple[ModelArgument, ...] = Field(
