@@ -95,6 +95,7 @@ def apply(
     existing = _existing([model for model, _ in found.values()], options)
     if existing is not None:
         existing.repair(target)
+        existing._watch(target, _PIPELINE_EDITS)
         return existing
     for _, spec in found.values():
         _check_versions(spec, strict)
@@ -312,7 +313,8 @@ class Handle:
 
     def _watch(self, owner: Any, edits: Iterable[str]) -> None:
         for edit in edits:
-            if callable(getattr(owner, edit, None)):
+            watched = any(watcher._self_home == (owner, edit) for watcher in self._watchers)
+            if not watched and callable(getattr(owner, edit, None)):
                 self._watchers.append(wrapped.install(owner, edit, self._clear_after))
 
     def _clear_after(self, original, instance, args, kwargs):

@@ -241,7 +241,7 @@ def ambient(*, constant: bool = False) -> Hashable:
     if _functorch():
         raise Uncacheable("a functorch transform")
     if not _autocast() and not _cuda():
-        return default_device()
+        return default_device() if _function_modes() else None
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()) if _cuda() else None
     if capturing():
         # A graph would replay what was found at capture, whatever is in its inputs by then.

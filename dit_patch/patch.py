@@ -224,13 +224,17 @@ class Patch:
         return tuple(args), kwargs
 
     def _unread(self, frame: Frame | None) -> bool:
-        """Whether nobody reads the result: ever, or where the forward got all of `unused_with`."""
-        if self._unused or not self._unused_with or frame is None:
-            return self._unused
-        given = [] if frame.nameless else [frame.argument(name) for name in self._unused_with]
-        return bool(given) and all(
-            value is not None and not (isinstance(value, (list, tuple)) and any(item is None for item in value))
-            for value in given
+        """Whether nobody reads the result: none of the model's forwards, or this one since it got all of `unused_with`."""
+        if frame is None or frame.nameless and self._unused_with:
+            return False
+        given = [frame.argument(name) for name in self._unused_with]
+        return (
+            self._unused
+            or bool(given)
+            and all(
+                value is not None and not (isinstance(value, (list, tuple)) and any(item is None for item in value))
+                for value in given
+            )
         )
 
     def _stand_in(self, original: Callable, args: tuple, kwargs: dict, frame: Frame | None) -> Any:

@@ -104,7 +104,11 @@ class Scope:
             hook.remove()
         self._abandon()
 
-    def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if (
+            kwargs is None
+        ):  # removed by another hook of this very forward, which torch then calls as a hook without them
+            return
         # A model is never inside its own forward; but torch runs no hooks for an interrupt.
         self._abandon()
         frame = Frame(self.model, self.positions, args, kwargs, _current.get())
@@ -112,7 +116,10 @@ class Scope:
         if self.started is not None:
             self.started(frame)
 
-    def leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def leave(self, module: torch.nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
+        if len(kwargs_and_output) < 2:  # removed, as above
+            return
+        output = kwargs_and_output[1]
         frame = _current.get()
         if frame is None or frame.model is not self.model:
             return

@@ -30,6 +30,9 @@ _FLEX_USERS = ("causal_wanvideo", "matrixgame2.causal_model", "matrixgame2.actio
 def prepare() -> None:
     """Import FastVideo and set up what its models ask for when they are built and called.
 
+    Under torchrun all ranks form one sequence-parallel group, which the program has to leave itself in the end:
+    `fastvideo.distributed.cleanup_dist_env_and_memory()`.
+
     Raises:
         ImportError: where FastVideo is not installed.
     """
