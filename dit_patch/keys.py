@@ -225,7 +225,7 @@ class _AnyStream:
 _ANY_STREAM = _AnyStream()
 
 
-def ambient(*, constant: bool = False) -> Hashable:
+def ambient(constant: bool = False) -> Hashable:
     """The state around a call that changes its result without being an argument: autocast, default device, CUDA stream.
 
     Args:

@@ -85,6 +85,7 @@ class Patch:
         self._values = tuple(means.values)
         self._epoch = 0
         self._unused = site.unused
+        self._unread = self._nobody_reads if site.unused or site.unused_with else None
         self._unused_with = tuple(name.removeprefix("model.") for name in site.unused_with)
         contents = any(facet in ("identity", "values") for facets in site.key.values() for facet in facets)
         self._constant = not contents and not any(True for module in modules for _ in module.parameters())
@@ -162,10 +163,10 @@ class Patch:
         if memo.off is not None:
             return original(*args, **kwargs)
         try:
-            around = ambient(constant=self._constant)
-            if capturing():
+            around = ambient(self._constant)
+            if around is not None and capturing():
                 return self._in_capture(around, ordinal, original, args, kwargs, frame)
-            if self._unread(frame):
+            if self._unread is not None and self._unread(frame):
                 return self._stand_in(original, args, kwargs, frame)
             if self._unkeyed:
                 memo.cache.hits += 1
@@ -183,7 +184,7 @@ class Patch:
         self, around: Hashable, ordinal: int, original: Callable, args: tuple, kwargs: dict, frame: Frame | None
     ) -> Any:
         """What is there already, or the original's result: a CUDA graph must not hold what is meant for later calls."""
-        if self._unread(frame):
+        if self._unread is not None and self._unread(frame):
             made = self._stand_ins.get(self._target(frame))
             if made is not None:
                 return made
@@ -201,15 +202,16 @@ class Patch:
             if epoch != self._epoch:
                 self.memo.cache.clear()
                 self._epoch = epoch
-        parts = self.plan.parts(args, kwargs, frame) if frame is not None or not self.plan.borrowed else None
-        if parts is None:
+        borrowed = self.plan.borrowed
+        if borrowed and frame is None:
             raise Uncacheable("called outside the model's forward")
+        parts = self.plan.parts(args, kwargs, frame)
         if self._moves:
             parts.append(self._target(frame))
         if self._values:
             parts += [read() for read in self._values]
         # What a call borrows from the model's forward does not tell two calls within one forward apart.
-        return (epoch, around, ordinal, *parts) if self.plan.borrowed else (epoch, around, *parts)
+        return (epoch, around, ordinal, *parts) if borrowed else (epoch, around, *parts)
 
     def _bind(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         args, kwargs = list(args), dict(kwargs)
@@ -223,8 +225,8 @@ class Patch:
                 kwargs[name] = value
         return tuple(args), kwargs
 
-    def _unread(self, frame: Frame | None) -> bool:
-        """Whether nobody reads the result: none of the model's forwards, or this one since it got all of `unused_with`."""
+    def _nobody_reads(self, frame: Frame | None) -> bool:
+        """Whether the result is for nobody: in any forward, or in this one, which got all of `unused_with`."""
         if frame is None or frame.nameless and self._unused_with:
             return False
         given = [frame.argument(name) for name in self._unused_with]

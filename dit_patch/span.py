@@ -70,7 +70,7 @@ class Span:
         self._hooks: list = []
 
     def running(self) -> bool:
-        """Whether the caller is inside the model's forward; after an interrupt torch runs no hooks that would say so."""
+        """Whether the caller is inside the model's forward; an interrupt ends that, and torch then runs no hooks."""
         frame = sys._getframe(2)
         while frame is not None and frame.f_code is not self._code:
             frame = frame.f_back
@@ -108,7 +108,7 @@ class Span:
                 raise Uncacheable("the submodule after it is compiled")
             if self.names and frame.nameless:
                 raise Uncacheable("the model was called with positional arguments that its spec does not name")
-            mode = _Watch(self, ambient(constant=True), [frame.argument(name) for name in self.names])
+            mode = _Watch(self, ambient(True), [frame.argument(name) for name in self.names])
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
             return

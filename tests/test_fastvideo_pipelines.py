@@ -17,7 +17,7 @@ import torch
 import toys
 from conftest import skip_unless_installed
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 import dit_patch
 from dit_patch import DitPatchError
@@ -743,6 +743,20 @@ def test_after_an_interrupt_within_a_span_new_tensors_are_new(patch):
     one += 1
     assert agrees(tiny, "hunyuan15"), "which ends the span, for the tests after this one"
     assert other.tolist() == [0, 0, 0]
+
+
+def test_after_an_interrupt_within_a_span_a_mode_around_the_generation_is_off_again(patch):
+    """As `with torch.device(...)` is one: it would be the default device from then on."""
+    tiny = make("hunyuan15")
+    patch(tiny.pipeline)
+    interrupt = at_call(tiny.transformer.cond_type_embed, 3, raising(KeyboardInterrupt))
+    with interrupt, pytest.raises(KeyboardInterrupt), StopAt():
+        pipelines.run(tiny)
+    left = []
+    while _get_current_function_mode() is not None:
+        left.append(_pop_mode())
+    assert not left
+    assert agrees(tiny, "hunyuan15")
 
 
 @pytest.mark.parametrize("name", ["wan", "matrixgame2, short", "hunyuan15", "matrixgame3"])
