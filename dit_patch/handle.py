@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from packaging.requirements import Requirement
 
-from . import resolve, wrapped
+from . import resolve, scope, wrapped
 from .cache import Budget
 from .errors import DitPatchError, UnsupportedModelError, VersionError, suggest
 from .live import ABSENT, ABSENT_STAGE, live
@@ -143,6 +143,16 @@ class Member:
     def watch(self) -> None:
         """From now on, know of the model's forwards."""
         self.scope = Scope(self.model, self.finished, self.started, self.spec.parameters)
+        if any(isinstance(patch, Span) for patch in self.patches):
+            self.handle._watchers.append(wrapped.install(self.model, "forward", self._end_spans))
+
+    def _end_spans(self, original, instance, args, kwargs):
+        try:
+            return original(*args, **kwargs)
+        finally:  # for an interrupt, torch runs no hooks
+            frame = scope.current()
+            if frame is not None and frame.model is self.model:
+                frame.close()
 
     def started(self, frame: Frame) -> None:
         """Before a forward: results that the model keeps for another device are made again."""

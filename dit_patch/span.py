@@ -9,8 +9,6 @@ other keys. Asking a known tensor whether it is true is such a step, too: on a G
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -64,17 +62,9 @@ class Span:
         self.memo = Memo(where, budget, check)
         self.names = [name.removeprefix("model.") for name in site.key]
         for name in self.names:
-            if name not in parameters:
+            if name not in parameters and not scope.takes_any(model):
                 raise SiteError(f"{where}: the model's forward has no parameter `{name}`{suggest(name, parameters)}")
-        self._code = inspect.unwrap(type(model).forward).__code__
         self._hooks: list = []
-
-    def running(self) -> bool:
-        """Whether the caller is inside the model's forward; an interrupt ends that, and torch then runs no hooks."""
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_code is not self._code:
-            frame = frame.f_back
-        return frame is not None
 
     def install(self) -> None:
         if not self._hooks:
@@ -150,8 +140,6 @@ class _Watch(TorchFunctionMode):
             return function(*args, **kwargs)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if not inputs and name not in _FACTORIES or any(id(tensor) not in self.known for tensor in inputs):
-            return function(*args, **kwargs)
-        if not self.span.running():  # until the model's next forward takes this mode away
             return function(*args, **kwargs)
         memo = self.span.memo
         step = _Step(self, function, args, kwargs)

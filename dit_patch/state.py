@@ -91,7 +91,7 @@ class State:
                 empty=[group for group in (*groups, *(own["_modules"] for own in owns)) if not group],
                 children=[(own["_modules"], tuple(own["_modules"].values())) for own in owns if own["_modules"]],
                 hooks=hooks,
-                adapters=[(own, _adapters(own)) for own in owns if "merged_adapters" in own],
+                adapters=[(own, _adapters(own)) for own in owns if "merged_adapters" in own or "lora_strength" in own],
                 places=[(*place, place[0].get(place[1])) for place in self._places if place is not None],
                 numerics=numerics(),
                 storages=pins.storages,
@@ -201,7 +201,9 @@ def _plain(value: Any) -> bool:
 
 
 def _adapters(layer: dict) -> Hashable:
-    """What decides a peft layer's output besides its weights: scaling and the active, disabled and merged adapters."""
+    """What decides a LoRA layer's output besides its weights: scaling and the active, disabled and merged adapters."""
+    if "lora_strength" in layer:  # FastVideo's
+        return layer["lora_strength"], layer.get("lora_alpha"), layer.get("disable_lora"), layer.get("merged")
     active = layer.get("_active_adapter", ())
     return (
         tuple((name, repr(scale)) for name, scale in layer.get("scaling", {}).items()),

@@ -291,7 +291,8 @@ def test_a_subclass_with_a_forward_of_its_own_is_covered_as_far_as_that_is_safe(
     with dit_patch.apply(model) as handle:
         assert verify.first_difference(plain, verify.run(model, calls)) is None
         assert counts(handle, "forward:get_rotary_pos_embed") == (len(calls) - 1, 1)
-        assert all(row.hits for row in handle.stats() if row.notes != ("not in this model",))
+        there = [row for row in handle.stats() if row.notes not in (("not in this model",), ("not called so far",))]
+        assert len(there) > 4 and all(row.hits for row in there)
 
 
 def test_what_counts_on_the_forward_of_the_class_is_left_alone_and_told():

@@ -291,3 +291,24 @@ def test_numerics_count_for_weights_only(precision):
         assert table.epoch() == before[0]
         assert both.epoch() != before[1]
     assert numerics() is not None
+
+
+def test_a_merge_of_fastvideo_s_lora_is_seen_by_the_layer_s_own_flag():
+    """The weights are changed through `.data`, which leaves no version behind."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = torch.nn.Linear(2, 2)
+            self.merged, self.disable_lora, self.lora_alpha, self.lora_strength = False, False, 4, 1.0
+
+    model = torch.nn.Sequential(Layer()).eval().requires_grad_(False)
+    state = State([model], model)
+    epoch = state.epoch()
+    assert state.epoch() == epoch
+    changes = [("merged", True), ("lora_strength", 0.5), ("lora_alpha", 2), ("disable_lora", True), ("merged", False)]
+    for name, value in changes:
+        model[0].base_layer.weight.data += 0.5
+        setattr(model[0], name, value)
+        assert state.epoch() > epoch, name
+        epoch = state.epoch()
