@@ -102,7 +102,8 @@ def test_a_model_may_move_to_the_accelerator_and_back_under_one_handle(accelerat
         assert_equal(ours, theirs, device)
         # What was kept on another device is not brought over again and again.
         assert len(patched.copies) <= len(plain.copies), f"on {device}\n  unpatched: {plain}\n  patched:   {patched}"
-        hits = assert_hits(handle, hits, NEVER_TWICE.get((name, variant), set()))
+        idle = {site.at for site in each.spec.sites if site.accelerator} if device == "cpu" else set()
+        hits = assert_hits(handle, hits, NEVER_TWICE.get((name, variant), set()) | idle)
 
 
 @pytest.mark.parametrize("name, variant", CASES)

@@ -24,6 +24,13 @@ from dit_patch.registry import Registry
 from dit_patch.spec import Case
 
 ACTION_BLOCKS = list(range(15))
+HUNYUAN_VIDEO = {
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "rope_axes_dim": [16, 56, 56],
+    "num_layers": 0,
+    "num_single_layers": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,7 @@ ROWS = (
         "FastVideo HunyuanVideo, 720p",
         "fastvideo/hunyuan_video",
         {"num_layers": 20, "num_single_layers": 40},
-        {
-            "num_attention_heads": 24,
-            "attention_head_dim": 128,
-            "rope_axes_dim": [16, 56, 56],
-            "num_layers": 0,
-            "num_single_layers": 0,
-        },
+        HUNYUAN_VIDEO,
         {"f": 33, "h": 90, "w": 160},
     ),
     Row(
@@ -101,13 +102,7 @@ ROWS = (
         "diffusers HunyuanVideo, 720p",
         "diffusers/hunyuan_video",
         {"num_layers": 20, "num_single_layers": 40},
-        {
-            "num_attention_heads": 24,
-            "attention_head_dim": 128,
-            "rope_axes_dim": [16, 56, 56],
-            "num_layers": 0,
-            "num_single_layers": 0,
-        },
+        HUNYUAN_VIDEO,
         {"f": 33, "h": 90, "w": 160},
     ),
 )
