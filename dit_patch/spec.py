@@ -547,11 +547,16 @@ def _build(document: Document, name: str, trusted: bool) -> Spec:
 
 
 def _untrusted(document: Document) -> Iterator[tuple[Position, str]]:
+    models = [
+        place.text for loc, place in document.places.items() if loc[:1] in (("model",), ("models",)) and place.text
+    ]
+    theirs = tuple(f"{model.partition('.')[0]}." for model in models)
     for loc, place in document.places.items():
         if not place.text or not _names_code(loc, place.text):
             continue
         module = place.text.partition(":")[0]
-        if not f"{module}.".startswith(OWN_CODE):
+        # What a model's own package says of itself is as good as the model.
+        if not f"{module}.".startswith(OWN_CODE + theirs if "reads" in loc else OWN_CODE):
             message = (
                 f"{quote(place.text)} is code outside `{OWN_CODE[0].rstrip('.')}`, which a spec of your own may name "
                 "only if you trust it: trust=True, or --trust-specs"
