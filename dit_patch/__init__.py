@@ -19,6 +19,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .handle import Handle, apply
+    from .step_cache import StepCache
 
 try:
     __version__ = metadata.version("dit-patch")
@@ -30,6 +31,7 @@ __all__ = [
     "Handle",
     "SiteError",
     "SpecError",
+    "StepCache",
     "StepCacheError",
     "UnsupportedModelError",
     "VersionError",
@@ -43,4 +45,8 @@ def __getattr__(name: str):
         from . import handle
 
         return getattr(handle, name)
+    if name == "StepCache":
+        from .step_cache import StepCache
+
+        return StepCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,10 +12,15 @@ from .errors import DitPatchError
 from .registry import Registry
 
 
+_AB = "bench step-cache"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dit-patch`; the exit status is 0 when everything went well, 1 after a result or an error that says no."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:2] == _AB.split():  # a command of two words, beside `bench NAME`
+        arguments[:2] = [_AB]
+    options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except DitPatchError as error:
@@ -62,6 +67,67 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default=None, metavar="DEVICE", help="default: cuda where there is one, else cpu")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="also write every row, with the environment, to FILE")
     bench.add_argument("--seconds", type=float, default=0.5, metavar="S", help="least time per figure (default: 0.5)")
+
+    ab = command(
+        _AB, _bench_step_cache, "what step caching gains and costs: baseline and cached side by side, with controls"
+    )
+    ab.add_argument(
+        "--model",
+        default="shapes",
+        metavar="PATH",
+        help="a diffusers pipeline, a folder or a hub id; or `shapes`, the small trained Wan that comes with dit_patch (default)",
+    )
+    ab.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for more; `shapes` has its own")
+    ab.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line")
+    ab.add_argument(
+        "--preset",
+        action="append",
+        metavar="NAME",
+        help="quality, balanced, performance; repeat for more (default: all)",
+    )
+    ab.add_argument(
+        "--threshold",
+        type=float,
+        action="append",
+        metavar="R",
+        help="a threshold to sweep; repeat for more, all else as in the (first) preset",
+    )
+    ab.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KNOB=VALUE",
+        help="any knob of StepCache, for every variant; repeat for more",
+    )
+    ab.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what else to call the pipeline with, such as height=480",
+    )
+    ab.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps (default: %(default)s)")
+    ab.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the first prompt, the next has the next (default: %(default)s)",
+    )
+    ab.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="times each generation is timed (default: %(default)s)"
+    )
+    ab.add_argument(
+        "--beside-cache-dit", action="store_true", help="also drive cache-dit itself, on copies of the transformers"
+    )
+    ab.add_argument("--device", default=None, metavar="DEVICE", help="default: cuda where there is one, else cpu")
+    ab.add_argument(
+        "--dtype",
+        default="bfloat16",
+        metavar="DTYPE",
+        help="to load a model in (default: %(default)s; `shapes` is float32)",
+    )
+    ab.add_argument("--out", type=Path, default=Path("step-cache-report"), metavar="DIR", help="default: %(default)s")
     return parser
 
 
@@ -132,6 +198,12 @@ def _bench(options: argparse.Namespace) -> int:
         csv=options.csv,
         seconds=options.seconds,
     )
+
+
+def _bench_step_cache(options: argparse.Namespace) -> int:
+    from .step_cache import command
+
+    return command.run(options)
 
 
 if __name__ == "__main__":

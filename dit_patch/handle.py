@@ -7,7 +7,7 @@ through its own hooks; there is no table of handles.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,9 @@ from .report import SiteStats, site_stats, text
 from .scope import Frame, Scope, forget_copies, scope_of
 from .span import Span
 from .spec import Kind, Site, Spec
+from .step_cache import StepCache
+from .step_cache.live import Stepping
+from .step_cache.stats import StepStats
 
 if TYPE_CHECKING:
     from .remote import RemoteHandle
@@ -48,6 +51,7 @@ class Options:
     check: str
     fixes: bool
     directories: tuple[str, ...]
+    step_cache: StepCache | None = None
 
 
 def apply(
@@ -60,6 +64,7 @@ def apply(
     strict: bool = True,
     specs: Iterable[str | PathLike] = (),
     trust: bool = False,
+    step_cache: StepCache | str | Mapping[str, Any] | None = None,
 ) -> Handle | RemoteHandle:
     """Patch the transformers of `target` so that what does not change between steps is computed once: same bits out.
 
@@ -76,21 +81,32 @@ def apply(
         strict: refuse to patch with versions that a spec's `requires` excludes; otherwise only warn.
         specs: further directories with specs.
         trust: let specs from `specs` name functions outside dit_patch in `use:`.
+        step_cache: also skip blocks where a step changes little, which **changes the output**: a preset ("quality",
+            "balanced", "performance"), a `StepCache`, or a mapping of its knobs. Off by default.
 
     Raises:
         UnsupportedModelError: no spec for any model in `target`, or no way to reach its workers.
         SiteError: a spec does not fit the model. Nothing stays patched.
         VersionError: an installed package is outside the spec's `requires`.
+        StepCacheError: step caching was asked for, and cannot be had on one of the models; it says why.
         DitPatchError: already patched with other options, or an option that does not exist.
     """
     from . import remote  # which uses this module in the workers
 
     if remote.is_remote(target):
         return remote.apply(
-            target, only=only, max_bytes=max_bytes, check=check, fixes=fixes, strict=strict, specs=specs, trust=trust
+            target,
+            only=only,
+            max_bytes=max_bytes,
+            check=check,
+            fixes=fixes,
+            strict=strict,
+            specs=specs,
+            trust=trust,
+            step_cache=StepCache.of(step_cache),
         )
     specs = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
-    options = _options(only, max_bytes, check, fixes, specs)
+    options = _options(only, max_bytes, check, fixes, specs, StepCache.of(step_cache))
     found = _with_specs(resolve.models(target), Registry(specs, trust=trust))
     existing = _existing([model for model, _ in found.values()], options)
     if existing is not None:
@@ -107,7 +123,7 @@ def apply(
             handle._add(name, model, spec, target)
         handle._watch(target, _PIPELINE_EDITS)
         undo.pop_all()
-    if not any(member.patches for member in handle._members):
+    if not options.step_cache and not any(member.patches for member in handle._members):
         handle.remove()
         names = ", ".join(dict.fromkeys(spec.name for _, spec in found.values()))
         what = f"site of kind {' or '.join(options.only)}" if options.only else "site"
@@ -130,6 +146,7 @@ class Member:
         self.sites: dict[str, list[Patch | Span]] = {}
         self.notes: dict[str, str] = {}
         self.scope: Scope | None = None
+        self.stepping: Stepping | None = None
         self.ran = False
         self._reached: set[str] = set()
         self._warned: set[str] = set()
@@ -145,6 +162,12 @@ class Member:
         self.scope = Scope(self.model, self.finished, self.started, self.spec.parameters)
         if any(isinstance(patch, Span) for patch in self.patches):
             self.handle._watchers.append(wrapped.install(self.model, "forward", self._end_spans))
+
+    def cache_steps(self, target: Any, config: StepCache) -> None:
+        """Switch step caching on, outside everything else."""
+        stepping = Stepping(self.name, self.model, self.spec, target, config)
+        self.stepping = stepping
+        stepping.install()
 
     def _end_spans(self, original, instance, args, kwargs):
         try:
@@ -233,6 +256,8 @@ class Member:
                 self.make(site, target)
         for patch in self.patches:
             patch.install()
+        if self.stepping is not None:
+            self.stepping.repair()
         for at in self._warned & set(self.notes):
             del self.notes[at]
         self._warned.clear()
@@ -264,6 +289,8 @@ class Handle:
         for member in self._members:
             for patch in member.patches:
                 patch.clear()
+        for stepping in self.steppings:
+            stepping.release()
 
     def stats(self) -> list[SiteStats]:
         """One row per site: hits, misses, bypasses with their reasons, bytes held, host seconds saved."""
@@ -282,6 +309,18 @@ class Handle:
             if self.wanted(site)
         ]
 
+    def step_stats(self) -> list[StepStats]:
+        """One row per block list and pass of the last generation: steps computed and cached, differences, bytes held."""
+        return [row for stepping in self.steppings for row in stepping.stats()]
+
+    def begin_generation(self, steps: int | None = None) -> None:
+        """Say that a generation begins, of that many steps; only for models that are called outside of a pipeline.
+
+        There the step cache goes by the timesteps alone: they fall during a generation.
+        """
+        for stepping in self.steppings:
+            stepping.begins(steps)
+
     def repair(self, target: Any = None) -> None:
         """Put back the patches that another library has displaced; in the stages of the pipeline `target`, too."""
         for member in self._members:
@@ -293,12 +332,17 @@ class Handle:
         return {member.name: member.model for member in self._members}
 
     @property
+    def steppings(self) -> list[Stepping]:
+        """The step caches of the patched models."""
+        return [member.stepping for member in self._members if member.stepping is not None]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that all caches hold now."""
+        """Bytes that all caches hold now, without the step cache's, which `step_stats` tells."""
         return self._budget.used
 
     def __str__(self) -> str:
-        return text(self.stats(), self.options.max_bytes, self.nbytes)
+        return text(self.stats(), self.options.max_bytes, self.nbytes, self.options.step_cache, self.step_stats())
 
     def __enter__(self) -> Handle:
         return self
@@ -320,6 +364,8 @@ class Handle:
             patch.install()
         self._watch(model, _MODEL_EDITS)
         member.watch()
+        if self.options.step_cache is not None:
+            member.cache_steps(target, self.options.step_cache)
 
     def _watch(self, owner: Any, edits: Iterable[str]) -> None:
         for edit in edits:
@@ -335,6 +381,9 @@ class Handle:
 
     def _take_back(self) -> list[str]:
         asleep = []
+        for member in reversed(self._members):
+            if member.stepping is not None and not member.stepping.remove():
+                asleep.append(f"step cache of {member.name}")
         for watcher in reversed(self._watchers):
             wrapped.remove(watcher)
         for member in reversed(self._members):
@@ -344,19 +393,19 @@ class Handle:
         return asleep
 
 
-def _options(only, max_bytes, check, fixes, specs) -> Options:
+def _options(only, max_bytes, check, fixes, specs, step_cache) -> Options:
     kinds = None if only is None else (only,) if isinstance(only, str) else tuple(only)
     for kind in kinds or ():
         if kind not in KINDS:
             raise DitPatchError(f"only: no kind `{kind}`{suggest(kind, KINDS)}\n    Kinds: {', '.join(KINDS)}.")
-    if kinds == ():
+    if kinds == () and step_cache is None:
         raise DitPatchError("only: an empty selection patches nothing; leave it out to patch every kind")
     if check not in CHECKS:
         raise DitPatchError(f"check: `{check}` is none of {', '.join(CHECKS)}{suggest(str(check), CHECKS)}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
         raise DitPatchError(f"max_bytes: `{max_bytes}` is not a positive number of bytes")
     kinds = kinds and tuple(kind for kind in KINDS if kind in kinds)
-    return Options(kinds, max_bytes, check, bool(fixes), tuple(str(each) for each in specs))
+    return Options(kinds, max_bytes, check, bool(fixes), tuple(str(each) for each in specs), step_cache)
 
 
 def _with_specs(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:

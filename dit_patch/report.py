@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from .step_cache import StepCache
+from .step_cache.stats import StepStats
+from .step_cache.stats import text as step_text
+
 _NEVER_HIT = {
     "timestep": "never hit: the timestep is a new tensor at each forward, as it is without CFG",
     "context": "never hit: the conditioning is a new tensor at each forward",
@@ -78,11 +82,19 @@ def site_stats(
     )
 
 
-def text(rows: Sequence[SiteStats], max_bytes: int, nbytes: int) -> str:
-    """The report: a row per site, its notes below it."""
+def text(
+    rows: Sequence[SiteStats],
+    max_bytes: int,
+    nbytes: int,
+    step_cache: StepCache | None = None,
+    steps: Sequence[StepStats] = (),
+) -> str:
+    """The report: a row per site, its notes below it; and what the step cache did."""
     width = max((len(row.at) for row in rows), default=4)
     fixed = any(row.fixed for row in rows)
     kind = "fixes on (where they apply, results differ from upstream's)" if fixed else "lossless"
+    if step_cache is not None:
+        kind = f"step caching on (the output is another); all else {kind}"
     lines = [f"dit_patch: {kind}, {_mib(nbytes)} cached of {_mib(max_bytes)}"]
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
@@ -97,6 +109,8 @@ def text(rows: Sequence[SiteStats], max_bytes: int, nbytes: int) -> str:
                 f"{_mib(row.nbytes):>10}  {row.seconds_saved * 1e3:.1f} ms"
             )
             lines += [f"  {'':<8}    {note}" for note in row.notes]
+    if step_cache is not None:
+        lines += step_text(step_cache, steps)
     return "\n".join(lines)
 
 

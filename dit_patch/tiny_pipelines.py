@@ -6,7 +6,7 @@ come out. `demo` and the tests generate with them. Nothing here knows of patches
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 TRAINING_TEXT = (
@@ -66,8 +66,8 @@ def hunyuan_video_pipeline(seed: int = 0, **transformer_config):
         )
 
 
-def t5_tokenizer():
-    """A T5 tokenizer (Unigram) of some hundred pieces; ends each text with `</s>`."""
+def t5_tokenizer(text: Iterable[str] = TRAINING_TEXT):
+    """A T5 tokenizer (Unigram) of some hundred pieces, trained on `text`; ends each text with `</s>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import T5TokenizerFast
 
@@ -76,7 +76,7 @@ def t5_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.train_from_iterator(text, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -151,7 +151,7 @@ def _wan(transformer, **second_expert):
     tokenizer = t5_tokenizer()
     return WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=_umt5_encoder(tokenizer),
+        text_encoder=umt5_encoder(tokenizer),
         transformer=transformer,
         vae=_wan_vae(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -179,7 +179,8 @@ def _wan_vae():
     return _with_smooth_decoder(AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval())
 
 
-def _umt5_encoder(tokenizer):
+def umt5_encoder(tokenizer):
+    """A UMT5 encoder of width 64 with random weights."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(vocab_size=len(tokenizer), num_layers=2, d_model=64, num_heads=4, d_kv=16, d_ff=128)

@@ -1,0 +1,351 @@
+"""Step caching on one model: switched on, told when a generation begins, asked what it did, and taken back.
+
+All that changes on the model is one layer on its `forward`, inside which its block lists are exchanged for stand-ins in
+place: names, order and parameters stay what they are.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import resolve, scope, wrapped
+from ..cache import tensors_in
+from ..errors import StepCacheError
+from ..keys import same_bits
+from ..scope import Frame
+from ..spec import Spec
+from . import guards
+from .config import CALIBRATORS, MASKS, StepCache
+from .gates import Gates
+from .generations import Loops, Passes
+from .stats import StepStats, why_nothing
+
+
+class Stepping:
+    """One model's step cache.
+
+    Args:
+        name: the model's name in the pipeline.
+        target: the pipeline, or the model itself.
+
+    Raises:
+        StepCacheError: it cannot be switched on; the message has the reason and the remedy.
+    """
+
+    def __init__(self, name: str, model: torch.nn.Module, spec: Spec, target: Any, config: StepCache) -> None:
+        self.name, self.model, self.spec, self.target, self.config = name, model, spec, target, config
+        self.what = f"{name} ({type(model).__name__})"
+        guards.check_spec(spec, self.what)
+        self._cache_dit = guards.cache_dit()
+        lists = [self._block_list(blocks.at) for blocks in spec.blocks]
+        for blocks, (owner, attribute) in zip(spec.blocks, lists):
+            config.blocks(len(owner._modules[attribute]), f"{self.what}.{blocks.at}")
+        guards.check_model(model, target, [owner._modules[attribute] for owner, attribute in lists], self.what)
+        self.gates = [
+            Gates(owner, attribute, blocks.pattern, f"{self.what}.{blocks.at}")
+            for blocks, (owner, attribute) in zip(spec.blocks, lists)
+        ]
+        self._positions = {each: at for at, each in enumerate(spec.parameters or scope.parameters(model))}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._layer: wrapped.Wrapped | None = None
+        self._pending, self._running, self._proven = True, False, False
+        self.proof_seconds = 0.0
+        """How much longer the first forward took, for being run without the cache, too."""
+        self._expected: int | None = None
+        self._uncached: str | None = None  # why this generation is left alone
+        self._last: list[StepStats] = []  # of a generation whose memory was given up
+        self.notes: dict[str, None] = {}
+
+    def install(self) -> None:
+        self._passes = Passes(self.model)
+        self._loops = Loops(self.target, self.model, self.begins, self.ends)
+        self._layer = wrapped.install(self.model, "forward", self._forward)
+
+    def repair(self) -> None:
+        """Put back what another library has displaced."""
+        if self._layer is not None and not wrapped.installed(self._layer):
+            self._layer = wrapped.install(self.model, "forward", self._forward)
+
+    def remove(self) -> bool:
+        """Take everything back; False where another library holds our layer inside its own."""
+        if self._layer is None:
+            return True
+        self._loops.remove()
+        self._passes.remove()
+        gone = wrapped.remove(self._layer)
+        self._layer = None
+        for gates in self.gates:
+            gates.release()
+        return gone
+
+    @property
+    def displaced(self) -> bool:
+        return self._layer is not None and not wrapped.installed(self._layer)
+
+    def begins(self, steps: int | None) -> None:
+        """A generation is about to begin, of that many steps of this model where that is known."""
+        self.ends()
+        if steps is not None:
+            self._expected = steps
+
+    def ends(self) -> None:
+        """The generation has ended, if one was running."""
+        self._passes.forget()
+        self._finish()
+
+    def _finish(self) -> None:
+        self._pending = True
+        if not self._running:
+            return
+        self._running, self._expected = False, None
+        rows = self.stats()
+        asked_for = self.config.threshold and self.config.max_cached != 0
+        if asked_for and self._uncached is None and not any(row.cached for row in rows):
+            self._warn("; ".join(dict.fromkeys(row.notes[0] for row in rows if row.notes)))
+        if self.config.release:
+            self.release()
+
+    def release(self) -> None:
+        """Give up everything that is held; the next forward counts as the first of a generation."""
+        self._last = [replace(row, nbytes=0) for row in self.stats()]
+        self._pending = True
+        for gates in self.gates:
+            gates.release()
+
+    def stats(self) -> list[StepStats]:
+        """A row per block list and pass of the last generation."""
+        rows = [self._row(gates, label) for gates in self.gates for label in gates.contexts]
+        return rows or self._last or [self._row(gates, "") for gates in self.gates]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(_held, (context for gates in self.gates for context in gates.contexts.values())))
+
+    def _block_list(self, path: str) -> tuple[torch.nn.Module, str]:
+        place, _, name = path.rpartition(".")
+        owner = resolve.submodules(self.model, place, f"{self.spec.name}: blocks")[0]
+        if not isinstance(owner._modules.get(name), torch.nn.ModuleList):
+            raise StepCacheError(f"{self.spec.name}: blocks: {self.what} has no list of blocks `{path}`")
+        return owner, name
+
+    def _forward(self, original, instance, args, kwargs):
+        if _capturing():
+            self.notes["left alone while a CUDA graph is captured: a decision waits for the device"] = None
+            return original(*args, **kwargs)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.notes["left alone while autograd records"] = None
+            return original(*args, **kwargs)
+        if not self._lock.acquire(blocking=False):
+            raise self._two_threads()
+        try:
+            frame = Frame(self.model, self._positions, args, kwargs, None)
+            label, began = self._passes.read(frame, loops_are_heard=self._loops.heard)
+            if began:
+                self._finish()
+            if self._pending:
+                self._begin()
+            elif self._thread is not threading.current_thread() and self._thread.is_alive():
+                raise self._two_threads()
+            if self._uncached is not None:
+                return original(*args, **kwargs)
+            if self._proven:
+                return self._gated(label, original, args, kwargs)
+            return self._proved(label, original, args, kwargs)
+        except BaseException:
+            self._pending = True
+            self._passes.forget()
+            raise
+        finally:
+            self._lock.release()
+
+    def _two_threads(self) -> StepCacheError:
+        return StepCacheError(
+            f"{self.what} is in a generation of another thread, and a step cache holds the state of one at a time.\n"
+            "    Give each thread a model of its own, or let one generation end before the next."
+        )
+
+    def _gated(self, label: str, original: Any, args: tuple, kwargs: dict) -> Any:
+        """One forward whose block lists are stood in for."""
+        real = [gates.blocks for gates in self.gates]
+        try:
+            for gates in self.gates:
+                gates.owner._modules[gates.name] = gates.enter(label)
+            return original(*args, **kwargs)
+        finally:
+            for gates, blocks in zip(self.gates, real):
+                gates.owner._modules[gates.name] = blocks
+
+    def _proved(self, label: str, original: Any, args: tuple, kwargs: dict) -> Any:
+        """The first forward, of which nothing can be cached, held to the model's own."""
+        start = time.perf_counter()
+        expected = list(tensors_in(_plain(original(*args, **kwargs))))
+        result = self._gated(label, original, args, kwargs)
+        if not _same(expected, list(tensors_in(_plain(result)))):
+            if _same(expected, list(tensors_in(_plain(original(*args, **kwargs))))):
+                self.notes["refused: not equal to the uncached model"] = None
+                self.remove()
+                raise StepCacheError(
+                    f"no step caching for {self.what}: with nothing cached its output is not the uncached model's, bit "
+                    f"for bit, so {self.spec.name} does not describe its blocks. It is off again; exact caches stay on.\n"
+                    "    Leave out step_cache, and tell whoever wrote the spec."
+                )
+            self.notes["the uncached model does not repeat itself bit for bit, so that nothing could be proved"] = None
+        self._proven = True
+        self.proof_seconds = (time.perf_counter() - start) / 2
+        self._check_memory(label)
+        return result
+
+    def _check_memory(self, label: str) -> None:
+        estimate = sum(gates.estimate(self.config) for gates in self.gates)
+        self.notes[f"will hold at most {estimate / 2**20:.1f} MiB for each pass of this size"] = None
+        device = next(self.model.parameters()).device
+        if device.type == "cuda" and 2 * estimate > torch.cuda.mem_get_info(device)[0]:
+            self._warn(f"a step cache of two passes takes {2 * estimate / 2**30:.1f} GiB, more than is free")
+
+    def _begin(self) -> None:
+        """At the first forward of a generation: nothing of the one before is left."""
+        guards.check_model(self.model, self.target, [gates.blocks for gates in self.gates], self.what)
+        self._pending, self._running, self._last = False, True, []
+        self._thread = threading.current_thread()
+        self._uncached = self._too_few()
+        if self._uncached is not None:
+            self._warn(self._uncached)
+        for gates in self.gates:
+            gates.begin(self._decisions(gates, self.config, self._expected), self.calibrator())
+
+    def _too_few(self) -> str | None:
+        least = self.config.min_steps
+        if least is None:
+            least = self.spec.step_cache.min_steps or 0
+        steps = self._expected
+        if steps is None:
+            return None
+        if steps < least:
+            return (
+                f"left uncached: {steps} steps are fewer than the {least} from which there is something to skip "
+                f"({self.spec.name}); min_steps= in the step cache sets another limit"
+            )
+        if steps <= self.config.warmup and self.config.warmup_interval == 1:
+            return f"left uncached: {why_nothing(self.config, steps, {})}"
+        return None
+
+    def take_as_proved(self) -> None:
+        """Parity has been shown on this model before."""
+        self._proven = True
+
+    def replay(self, gates: Gates, config: StepCache, residuals: list[torch.Tensor]) -> list[int]:
+        """Which steps would be skipped with another configuration, see `Gates.replay`."""
+        return gates.replay(self._decisions(gates, config, len(residuals)), residuals)
+
+    def decisions(self) -> list[Any]:
+        """cache-dit's `DBCacheConfig` for each block list."""
+        return [self._decisions(gates, self.config, self._expected) for gates in self.gates]
+
+    def _decisions(self, gates: Gates, config: StepCache, steps: int | None) -> Any:
+        fn, bn = config.blocks(len(gates.blocks), gates.where)
+        return self._cache_dit.DBCacheConfig(
+            Fn_compute_blocks=fn,
+            Bn_compute_blocks=bn,
+            residual_diff_threshold=config.threshold,
+            max_accumulated_residual_diff_threshold=config.max_accumulated,
+            max_warmup_steps=config.warmup,
+            warmup_interval=config.warmup_interval,
+            max_cached_steps=-1 if config.max_cached is None else config.max_cached,
+            max_continuous_cached_steps=-1 if config.max_continuous is None else config.max_continuous,
+            enable_separate_cfg=False,  # each pass has a context of its own
+            steps_computation_mask=self._mask(config.mask, steps),
+            steps_computation_policy=config.mask_policy,
+        )
+
+    def _mask(self, mask: str | tuple[int, ...] | None, steps: int | None) -> list[int] | None:
+        if mask not in MASKS:
+            return None if mask is None else list(mask)
+        if steps is None:
+            raise StepCacheError(
+                f'mask="{mask}" needs the number of steps, which nobody has said: a model alone does not know it.\n'
+                "    Call handle.begin_generation(steps=...) before each generation, or give the mask itself."
+            )
+        try:
+            return self._cache_dit.steps_mask(total_steps=steps, mask_policy=mask)
+        except AssertionError:
+            self._warn(f'mask="{mask}": cache-dit makes none for {steps} steps; all are computed')
+            return [1] * steps
+
+    def calibrator(self) -> Any:
+        """cache-dit's configuration of the forecast, None where there is none."""
+        config, caching = self.config, self._cache_dit
+        if config.calibrator is None:
+            return None
+        made, options = dict(
+            zip(
+                CALIBRATORS,
+                (
+                    (caching.TaylorSeerCalibratorConfig, {"taylorseer_order": config.order or 1}),
+                    (caching.FoCaCalibratorConfig, {}),
+                    (caching.DMDCalibratorConfig, {"dmd_history": config.history or 6}),
+                ),
+            )
+        )[config.calibrator]
+        return made(enable_calibrator=True, enable_encoder_calibrator=True, **options)
+
+    def _row(self, gates: Gates, label: str) -> StepStats:
+        context = gates.contexts.get(label)
+        fn, bn = self.config.blocks(len(gates.blocks), gates.where)
+        common = {
+            "model": self.name,
+            "label": label,
+            "blocks": gates.name,
+            "count": len(gates.blocks),
+            "fn": fn,
+            "bn": bn,
+        }
+        if context is None:
+            notes = [self._uncached] if self._uncached else []
+            return StepStats(**common, notes=(*notes, *self.notes))
+        steps, cached = context.executed_steps, tuple(context.cached_steps)
+        diffs = {int(step): diff for step, diff in context.residual_diffs.items()}
+        notes = [] if cached else [why_nothing(self.config, steps, diffs)]
+        return StepStats(
+            **common, steps=steps, cached=cached, diffs=diffs, nbytes=_held(context), notes=(*notes, *self.notes)
+        )
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"dit_patch: step cache of {self.what}: {message}", stacklevel=2)
+
+
+def _plain(result: Any) -> Any:
+    return tuple(result.values()) if isinstance(result, dict) else result
+
+
+def _same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(same_bits, ours, theirs))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _held(part: Any, seen: set[int] | None = None) -> int:
+    """Bytes of the tensors below a cache-dit context, wherever its calibrators keep them; each storage once."""
+    seen = set() if seen is None else seen
+    if id(part) in seen:
+        return 0
+    seen.add(id(part))
+    if isinstance(part, torch.Tensor):
+        storage = part.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
+    if isinstance(part, dict):
+        return sum(_held(each, seen) for each in part.values())
+    if isinstance(part, (list, tuple)):
+        return sum(_held(each, seen) for each in part)
+    return _held(vars(part), seen) if type(part).__module__.startswith("cache_dit.") else 0

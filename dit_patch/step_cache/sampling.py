@@ -1,0 +1,107 @@
+"""Generations to be measured and compared: raw frames of a pipeline, and the time of the whole and of its transformers."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import resolve
+from ..errors import StepCacheError
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generation: `frames` (frames, channels, height, width) float32 in [0, 1] on the CPU, as the pipeline decoded them.
+
+    `seconds` is the whole call, `dit_seconds` what of it went by in `calls` forwards of the transformers.
+    """
+
+    frames: torch.Tensor
+    seconds: float
+    dit_seconds: float
+    calls: int
+
+
+def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sample:
+    """Call a diffusers pipeline with a prompt and what else `call` says.
+
+    Raises:
+        StepCacheError: it does not return frames.
+    """
+    models = transformers(pipeline)
+    device = next(next(iter(models.values())).parameters()).device
+    asked = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt", **call}
+    with _timed(models, device) as forwards:
+        start = _now(device)
+        result = pipeline(prompt=prompt, **asked)
+        seconds = _now(device) - start
+    return Sample(_frames(result), seconds, sum(forwards), len(forwards))
+
+
+def transformers(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline that there are specs for."""
+    registry = Registry()
+    found = {name: model for name, model in resolve.models(pipeline).items() if registry.find(type(model)) is not None}
+    if not found:
+        raise StepCacheError(f"no model of this {type(pipeline).__name__} has a spec; see `dit-patch list`")
+    return found
+
+
+def check_call(pipeline: Any, call: dict[str, Any]) -> None:
+    """Refuse what the pipeline does not take, before anything is generated."""
+    from ..errors import suggest
+
+    known = inspect.signature(type(pipeline).__call__).parameters
+    for name in call:
+        if name not in known:
+            raise StepCacheError(
+                f"{type(pipeline).__name__} takes no `{name}`{suggest(name, known)}\n    It takes: {', '.join(known)}."
+            )
+
+
+def _frames(result: Any) -> torch.Tensor:
+    made = getattr(result, "frames", None)
+    if made is None:
+        made = getattr(result, "images", None)
+    if not isinstance(made, torch.Tensor):
+        raise StepCacheError(
+            f"expected a pipeline's frames or images as a tensor, got {type(made).__name__}; only diffusers' pipelines "
+            'that know output_type="pt" can be measured'
+        )
+    frames = made[0] if made.dim() == 5 else made
+    return frames.detach().float().cpu()
+
+
+@contextmanager
+def _timed(models: dict[str, torch.nn.Module], device: torch.device) -> Iterator[list[float]]:
+    seconds: list[float] = []
+    started: list[float] = []
+
+    def before(*_: Any) -> None:
+        started.append(_now(device))
+
+    def after(*_: Any) -> None:
+        seconds.append(_now(device) - started.pop())
+
+    hooks = []
+    for model in models.values():
+        hooks.append(model.register_forward_pre_hook(before, prepend=True))
+        hooks.append(model.register_forward_hook(after))
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

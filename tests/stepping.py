@@ -1,0 +1,121 @@
+"""What the tests of step caching share: small real pipelines that generate latents, and cache-dit driven by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import dit_patch
+from dit_patch import mini, tiny_pipelines
+from dit_patch.step_cache import guards
+
+EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
+"""Caches a good part of what an untrained model does."""
+ALWAYS = EAGER | {"threshold": 1.0}
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 6}
+SMALL_HUNYUAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "rope_axes_dim": (4, 10, 10),
+    "num_layers": 3,
+    "num_single_layers": 4,
+}
+
+
+def wan(seed: int = 0, **config: Any):
+    return quiet(tiny_pipelines.wan_pipeline(seed, **(SMALL | config)))
+
+
+def wan22(seed: int = 0, **config: Any):
+    return quiet(tiny_pipelines.wan22_pipeline(seed, **(SMALL | config)))
+
+
+def hunyuan(seed: int = 0, **config: Any):
+    return quiet(tiny_pipelines.hunyuan_video_pipeline(seed, **(SMALL_HUNYUAN | config)))
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def latents(pipeline, steps: int = 10, seed: int = 0, prompt: str = "a cat and a dog", size=(32, 32, 5), **call: Any):
+    """A generation, as latents: with a random VAE pixels say nothing."""
+    height, width, frames = size
+    call = {"guidance_scale": 6.0, "max_sequence_length": 16} | call
+    return pipeline(
+        prompt,
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **call,
+    ).frames
+
+
+def falling(calls: list[dict], passes: int = 2) -> list[dict]:
+    """The forwards of a mini with timesteps that fall all the way, and are one tensor for the passes of a step."""
+    for number, arguments in enumerate(calls):
+        step = number // passes
+        time = torch.full_like(arguments["timestep"], 999 - 90 * step)
+        arguments["timestep"] = time if number % passes == 0 else calls[number - 1]["timestep"]
+    return calls
+
+
+def deep(spec, blocks: int = 4, variant: str | None = None):
+    """The spec's mini with that many blocks in each list."""
+    case = spec.mini.case(variant)
+    config = dict(case.config)
+    config |= {name: blocks for name in ("num_layers", "num_single_layers") if config.get(name)}
+    if "vace_layers" in config:
+        config["vace_layers"] = [0, blocks - 2]
+    return case.model_copy(update={"config": config})
+
+
+def steps(spec, case, count: int = 7, generation: int = 0, **options: Any) -> list[dict]:
+    """The forwards of a generation of a bare model."""
+    return falling(list(mini.forwards(case, case.sizes[0], steps=count, generation=generation, **options)))
+
+
+def cached(handle) -> dict[str, tuple[int, ...]]:
+    return {f"{row.model} {row.blocks} {row.label}": row.cached for row in handle.step_stats()}
+
+
+def cache_dit_alone(model, spec, *, fn: int, bn: int, threshold: float, warmup: int, calibrator=None, cfg: bool = True):
+    """cache-dit's own switch on a model."""
+    caching = guards.cache_dit()
+    adapter = caching.BlockAdapter(
+        pipe=type("Alone", (caching.FakeDiffusionPipeline,), {})(),
+        transformer=model,
+        blocks=[getattr(model, blocks.at) for blocks in spec.blocks],
+        blocks_name=[blocks.at for blocks in spec.blocks],
+        forward_pattern=[caching.ForwardPattern[f"Pattern_{blocks.pattern}"] for blocks in spec.blocks],
+        check_forward_pattern=False,
+        has_separate_cfg=cfg,
+    )
+    config = caching.DBCacheConfig(
+        Fn_compute_blocks=fn,
+        Bn_compute_blocks=bn,
+        residual_diff_threshold=threshold,
+        max_warmup_steps=warmup,
+        enable_separate_cfg=cfg,
+    )
+    caching.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
+    contexts = [model._context_manager.get_context(name) for name in model._context_names]
+    return lambda: [each for context in contexts for each in (context.cached_steps, context.cfg_cached_steps)]
+
+
+def euler(pipeline):
+    """The same pipeline with another scheduler, swapped in."""
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return pipeline
+
+
+def once(pipeline, config, **call):
+    """A generation of a pipeline that was never used before, with its step cache."""
+    with dit_patch.apply(pipeline, step_cache=config):
+        return latents(pipeline, **call)
