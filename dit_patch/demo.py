@@ -93,7 +93,7 @@ def run(
         from . import apply
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with _quiet_upstream():
+    with quiet_upstream():
         played = [_play(scene, out, steps, seed, size, apply) for scene in SCENES]
     for _, paths in played:
         print(*paths, sep="\n")
@@ -239,7 +239,7 @@ def _check_needed() -> None:
 
 
 @contextmanager
-def _quiet_upstream() -> Iterator[None]:
+def quiet_upstream() -> Iterator[None]:
     """Upstream's advice about half-built or unusual pipelines is not for whoever watches the demo."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

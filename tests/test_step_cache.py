@@ -55,7 +55,11 @@ def test_every_spec_says_whether_steps_can_be_cached():
 @pytest.mark.parametrize("name, variant", VARIANTS)
 @pytest.mark.parametrize(
     "knobs",
-    [{"threshold": 0.0, "warmup": 0}, {"threshold": 1.0, "warmup": 7}, {"threshold": 1.0, "warmup": 2, "max_cached": 0}],
+    [
+        {"threshold": 0.0, "warmup": 0},
+        {"threshold": 1.0, "warmup": 7},
+        {"threshold": 1.0, "warmup": 2, "max_cached": 0},
+    ],
     ids=["threshold 0", "warmup as long as the run", "max_cached 0"],
 )
 def test_nothing_cached_is_the_models_own_output(name, variant, knobs):
@@ -67,7 +71,9 @@ def test_nothing_cached_is_the_models_own_output(name, variant, knobs):
     before = shape_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with dit_patch.apply(model, step_cache={"fn": 1, "min_steps": 0, "calibrator": "taylorseer", **knobs}) as handle:
+        with dit_patch.apply(
+            model, step_cache={"fn": 1, "min_steps": 0, "calibrator": "taylorseer", **knobs}
+        ) as handle:
             ours = verify.run(model, calls)
             assert all(row.steps == 7 and not row.cached for row in handle.step_stats())
     assert verify.first_difference(ours, verify.run(plain, calls)) is None
@@ -235,7 +241,9 @@ def test_training_is_left_alone():
             assert torch.equal(ours, theirs)
         ours.sum().backward()
         theirs.sum().backward()
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters()) if a.grad is not None)
+        assert all(
+            torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters()) if a.grad is not None
+        )
         assert "autograd records" in str(handle)
 
 

@@ -21,7 +21,9 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 PROMPTS = tuple(f"a {colour} {shape} moving {way}" for colour in COLOURS for shape in SHAPES for way in DIRECTIONS)
 SIZE, FRAMES, TEXT_TOKENS = 32, 6, 16
-CALL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "max_sequence_length": TEXT_TOKENS, "guidance_scale": 3.0}
+# The pipeline makes one frame for each `scale_factor_temporal`, here 1, and one more.
+CALL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES - 1, "max_sequence_length": TEXT_TOKENS}
+CALL["guidance_scale"] = 3.0
 """What to call the pipeline with: the sizes that it was trained at."""
 
 

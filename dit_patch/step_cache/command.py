@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..demo import quiet_upstream
 from ..errors import StepCacheError, quote, suggest
 from .config import KNOBS, PRESETS, StepCache
 
@@ -29,18 +30,20 @@ def run(options: argparse.Namespace) -> int:
     for name in ("steps", "repeats"):
         if getattr(options, name) < 1:
             raise StepCacheError(f"--{name}: {getattr(options, name)} is less than 1")
-    pipeline, prompts, call = _pipeline(options)
-    result = harness.compare(
-        pipeline,
-        prompts,
-        configs,
-        {**call, **_pairs("--call", options.call)},
-        steps=options.steps,
-        seed=options.seed,
-        repeats=options.repeats,
-        direct=options.beside_cache_dit,
-        say=print,
-    )
+    with quiet_upstream():
+        pipeline, prompts, call = _pipeline(options)
+        pipeline.set_progress_bar_config(disable=True)
+        result = harness.compare(
+            pipeline,
+            prompts,
+            configs,
+            {**call, **_pairs("--call", options.call)},
+            steps=options.steps,
+            seed=options.seed,
+            repeats=options.repeats,
+            direct=options.beside_cache_dit,
+            say=print,
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     title = f"Step caching on {options.model}, {options.steps} steps"
     document.write(options.out / "report.html", result, title)

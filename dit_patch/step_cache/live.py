@@ -81,8 +81,7 @@ class Stepping:
         self._passes.remove()
         gone = wrapped.remove(self._layer)
         self._layer = None
-        for gates in self.gates:
-            gates.release()
+        self.release()
         return gone
 
     @property
