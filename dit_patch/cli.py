@@ -11,7 +11,6 @@ from pathlib import Path
 from .errors import DitPatchError
 from .registry import Registry
 
-
 _AB = "bench step-cache"
 
 
@@ -75,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default="shapes",
         metavar="PATH",
-        help="a diffusers pipeline, a folder or a hub id; or `shapes`, the small trained Wan that comes with dit_patch (default)",
+        help="a diffusers pipeline, folder or hub id; or `shapes`, the small trained Wan that comes along (default)",
     )
     ab.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for more; `shapes` has its own")
     ab.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line")

@@ -197,6 +197,8 @@ class Member:
 
     def finished(self, frame: Frame) -> None:
         """After a forward: say which sites it did not come by, once each."""
+        if self.stepping is not None:
+            self.stepping.saw_forward()
         for at, patches in self.sites.items():
             if at in self._warned or at.startswith("pipeline:"):
                 continue
@@ -310,7 +312,7 @@ class Handle:
         ]
 
     def step_stats(self) -> list[StepStats]:
-        """One row per block list and pass of the last generation: steps computed and cached, differences, bytes held."""
+        """One row per block list and pass of the last generation: steps, cached ones, differences, bytes held."""
         return [row for stepping in self.steppings for row in stepping.stats()]
 
     def begin_generation(self, steps: int | None = None) -> None:

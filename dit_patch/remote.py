@@ -24,6 +24,7 @@ from . import errors, handle, resolve
 from .errors import DitPatchError, UnsupportedModelError
 from .report import SiteStats, text
 from .scope import scope_of
+from .step_cache.stats import StepStats
 
 _OURS = "dit_patch: "
 """How our warnings begin."""
@@ -64,7 +65,8 @@ def apply(target: Any, **options: Any) -> RemoteHandle:
 class RemoteHandle:
     """The handles of all workers in one: print it for the report, `remove()` it to take everything back.
 
-    Does everything that a `Handle` does, but has no `models`. `max_bytes` is what each worker may hold; where there are
+    Does everything that a `Handle` does, but has no `models`, and no `begin_generation`, which FastVideo's stages say
+    themselves. `max_bytes` is what each worker may hold; where there are
     several, each row says of which rank it is.
     """
 
@@ -72,7 +74,7 @@ class RemoteHandle:
         self.options = options
         self._executor = executor
         self._tokens = dict(tokens)
-        self._last: list[SiteStats] | None = None
+        self._last: _Rows | None = None
 
     def remove(self) -> None:
         """Take every patch back in every worker; harmless when repeated, and when the workers are gone."""
@@ -91,7 +93,11 @@ class RemoteHandle:
 
     def stats(self) -> list[SiteStats]:
         """The rows of `Handle.stats` from every worker; after `remove` those that it left."""
-        return self._call() if self._last is None else list(self._last)
+        return list(self._rows().sites)
+
+    def step_stats(self) -> list[StepStats]:
+        """The rows of `Handle.step_stats` from every worker; after `remove` those that it left."""
+        return list(self._rows().steps)
 
     @property
     def nbytes(self) -> int:
@@ -99,9 +105,9 @@ class RemoteHandle:
         return sum(row.nbytes for row in self.stats())
 
     def __str__(self) -> str:
-        rows = self.stats()
-        held, allowed = sum(row.nbytes for row in rows), self.options.max_bytes * len(self._tokens)
-        return text(rows, allowed, held)
+        rows = self._rows()
+        held, allowed = sum(row.nbytes for row in rows.sites), self.options.max_bytes * len(self._tokens)
+        return text(rows.sites, allowed, held, self.options.step_cache, rows.steps)
 
     def __eq__(self, other: object) -> bool:
         return self._tokens == other._tokens if isinstance(other, RemoteHandle) else NotImplemented
@@ -115,7 +121,10 @@ class RemoteHandle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _call(self, *methods: str) -> list[SiteStats]:
+    def _rows(self) -> _Rows:
+        return self._call() if self._last is None else self._last
+
+    def _call(self, *methods: str) -> _Rows:
         """Call methods of every worker's handle; the rows after that."""
         answers = _ask(self._executor, _call, self._tokens, *methods)
         if any(answer.failure for answer in answers):
@@ -126,16 +135,30 @@ class RemoteHandle:
                 "nothing of this handle is left in the workers: it was removed, or the models were loaded anew.\n"
                 "    Call dit_patch.apply(generator) again."
             )
-        several = len(answers) > 1
-        return [
-            replace(row, model=f"rank {rank}: {row.model}") if several else row
-            for rank, rows in found.items()
-            for row in rows
-        ]
+        if len(answers) > 1:
+            found = {rank: rows.of_rank(rank) for rank, rows in found.items()}
+        return _Rows(
+            tuple(row for rows in found.values() for row in rows.sites),
+            tuple(row for rows in found.values() for row in rows.steps),
+        )
 
 
 class _Gone(DitPatchError):
     """The workers, or what was patched in them, are no more."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a handle has to report."""
+
+    sites: tuple[SiteStats, ...]
+    steps: tuple[StepStats, ...]
+
+    def of_rank(self, rank: int) -> _Rows:
+        def named(rows: Iterable) -> tuple:
+            return tuple(replace(row, model=f"rank {rank}: {row.model}") for row in rows)
+
+        return _Rows(named(self.sites), named(self.steps))
 
 
 @dataclass(frozen=True)
@@ -202,14 +225,14 @@ def _apply(worker: Any, options: dict[str, Any], token: str) -> _Applied:
     return _Applied(applied.token, applied.options)
 
 
-def _call(worker: Any, tokens: dict[int, str], *methods: str) -> list[SiteStats] | None:
+def _call(worker: Any, tokens: dict[int, str], *methods: str) -> _Rows | None:
     """Call methods of this worker's handle; its rows after that, or None where it is not there any more."""
     existing = _existing(worker.pipeline)
     if existing is None or existing.token != tokens.get(worker.rank, ""):
         return None
     for method in methods:
         getattr(existing, method)()
-    return existing.stats()
+    return _Rows(tuple(existing.stats()), tuple(existing.step_stats()))
 
 
 def _existing(pipeline: Any) -> handle.Handle | None:

@@ -1,7 +1,9 @@
 """`dit-patch demo` and the tiny pipelines it generates with: they are real, they survive a disk, and it can say no."""
 
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ for module in demo.NEEDED:
     pytest.importorskip(module)
 
 SIZE = (5, 32, 48)
+STEP_CACHE = all(map(find_spec, ("cache_dit", "skimage")))
 BUILDERS = {
     "wan": lambda: tiny_pipelines.wan_pipeline(num_layers=2),
     "wan22": lambda: tiny_pipelines.wan22_pipeline(num_layers=1),
@@ -23,7 +26,7 @@ BUILDERS = {
 class DoesNothing:
     """A stand-in for a handle: patches nothing, and counts how often it was removed."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, **options):
         self.pipeline, self.removals = pipeline, 0
 
     def remove(self):
@@ -36,7 +39,7 @@ class DoesNothing:
 class ChangesPictures(DoesNothing):
     """A patch that is not lossless: it moves one bias of the transformer by a little, and remembers where it was."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, **options):
         super().__init__(pipeline)
         self.bias = pipeline.transformer.proj_out.bias
         self.before = self.bias.detach().clone()
@@ -114,7 +117,12 @@ def test_a_saved_pipeline_loads_and_makes_the_same_frames(name, tmp_path):
 
     loaded = type(pipeline).from_pretrained(tmp_path, local_files_only=True)
 
-    assert demo.difference(generate(pipeline), generate(loaded)) is None
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            weights = getattr(loaded, name).state_dict()
+            assert all(torch.equal(weight, weights[key]) for key, weight in module.state_dict().items())
+    # Weights that were mapped from a file lie elsewhere in memory, where some processors sum in another order.
+    assert torch.allclose(generate(pipeline), generate(loaded), atol=1e-5)
 
 
 def test_both_experts_of_wan22_are_used():
@@ -197,10 +205,21 @@ def test_the_report_comes_first_and_the_files_last(short_scenes, tmp_path, capsy
 
     lines = capsys.readouterr().out.splitlines()
     assert lines.index("the report") < lines.index("identical: yes")
-    assert lines[-4:] == [
-        str(tmp_path / name) for name in ("wan.png", "wan.mp4", "hunyuan_video.png", "hunyuan_video.mp4")
-    ]
-    assert all((tmp_path / name).stat().st_size for name in lines[-4:])
+    files = ["wan.png", "wan.mp4", "hunyuan_video.png", "hunyuan_video.mp4", *["step_cache.png"] * STEP_CACHE]
+    assert lines[-len(files) :] == [str(tmp_path / name) for name in files]
+    assert all((tmp_path / name).stat().st_size for name in files)
+    assert STEP_CACHE or any(line.startswith("no step cache shown, since cache-dit") for line in lines)
+
+
+@pytest.mark.skipif(not STEP_CACHE, reason="needs cache-dit and scikit-image")
+def test_the_step_cache_is_faster_and_says_what_it_costs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "SCENES", ())
+    assert demo.run(tmp_path) == 0
+
+    said = capsys.readouterr().out
+    assert "identical with the exact caches: yes" in said
+    assert re.search(r"\d+ of 30 steps cached", said)
+    assert re.search(r"with the step cache: \d\.\d\dx as fast in this one run, SSIM 0\.[89]", said)
 
 
 def test_the_patches_are_removed_when_a_generation_fails(short_scenes, tmp_path):

@@ -129,3 +129,45 @@ def test_a_graph_of_a_world_model_s_warm_forward_replays_to_equal_bits(name):
             output = model(**ours[-1])
         graph.replay()
         assert verify.first_difference([[expected]], [[output]]) is None
+
+
+@pytest.mark.parametrize("name", ["diffusers/wan", "diffusers/hunyuan_video"])
+def test_step_caching_has_the_skips_and_bits_of_cache_dit_alone(name):
+    pytest.importorskip("cache_dit", reason="needs cache-dit")
+    import stepping
+
+    spec = Registry(plugins=False).get(name)
+    case = stepping.deep(spec)
+    ours, theirs, plain = (mini.build(spec, case, dtype=torch.bfloat16).cuda() for _ in range(3))
+    calls = stepping.steps(spec, case, dtype=torch.bfloat16, device="cuda")
+    knobs = {"fn": 1, "bn": 0, "threshold": 1.0, "warmup": 2}
+    read = stepping.cache_dit_alone(theirs, spec, **knobs)
+    with dit_patch.apply(ours, step_cache={**knobs, "min_steps": 0}) as handle:
+        made = verify.run(ours, calls)
+        assert verify.first_difference(made, verify.run(theirs, calls)) is None
+        assert sorted(stepping.cached(handle).values()) == sorted(map(tuple, read()))
+    with dit_patch.apply(ours, step_cache={**knobs, "threshold": 0.0}):
+        assert verify.first_difference(verify.run(ours, calls), verify.run(plain, calls)) is None
+
+
+def test_step_caching_lets_a_graph_be_captured():
+    pytest.importorskip("cache_dit", reason="needs cache-dit")
+    import stepping
+
+    spec = Registry(plugins=False).get("diffusers/wan")
+    case = stepping.deep(spec)
+    model = mini.build(spec, case, dtype=torch.bfloat16).cuda()
+    [arguments, *_] = stepping.steps(spec, case, dtype=torch.bfloat16, device="cuda")
+    [expected] = verify.run(model, [arguments])
+    with torch.no_grad(), dit_patch.apply(model, only=(), step_cache={"fn": 1}) as handle:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(**arguments, return_dict=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (output,) = model(**arguments, return_dict=False)
+        graph.replay()
+        assert verify.first_difference([expected], [[output]]) is None
+        assert "CUDA graph is captured" in str(handle)

@@ -16,7 +16,7 @@ import torch
 import toys
 
 from dit_patch import remote
-from dit_patch.errors import DitPatchError, SiteError, UnsupportedModelError
+from dit_patch.errors import DitPatchError, SiteError, StepCacheError, UnsupportedModelError
 from dit_patch.handle import apply as local_apply
 from dit_patch.registry import Registry
 from dit_patch.scope import scope_of
@@ -425,6 +425,25 @@ def test_a_real_generator_gives_the_same_frames(video, options):
         assert torch.equal(frames(video), plain)
     assert torch.equal(frames(video), plain)
     assert sum(row.hits for row in handle.stats()) == 2 * sum(row.hits for row in rows)
+
+
+def test_a_real_generator_with_a_step_cache(video, options):
+    pytest.importorskip("cache_dit", reason="needs cache-dit")
+    plain = frames(video, steps=5)
+    knobs = {"fn": 1, "warmup": 2, "min_steps": 0}
+    with remote.apply(video, **options, step_cache={**knobs, "threshold": 0.0}):
+        assert torch.equal(frames(video, steps=5), plain)
+    with remote.apply(video, **options, step_cache={**knobs, "threshold": 1.0}) as handle:
+        first, other = frames(video, steps=5), frames(video, seed=2, steps=5)
+        assert not torch.equal(first, plain) and not torch.equal(other, first)
+        assert torch.equal(frames(video, steps=5), first)
+        rows = handle.step_stats()
+        assert len(rows) == 2 * len(video.executor.workers)
+        assert all(row.cached == (2, 3, 4) for row in rows)
+        assert "step cache  F1B0 W2 R1" in str(handle)
+    assert handle.step_stats() and torch.equal(frames(video, steps=5), plain)
+    with pytest.raises(StepCacheError, match="fn=5"):
+        remote.apply(video, **options, step_cache={"fn": 5})
 
 
 def test_a_real_worker_outlives_what_it_refuses(video, options, tmp_path):

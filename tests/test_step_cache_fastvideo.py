@@ -1,4 +1,4 @@
-"""Step caching in FastVideo's own pipelines: generations, passes, experts and clips told apart without the user's help."""
+"""Step caching in FastVideo's own pipelines: generations, passes, experts and clips are told apart without help."""
 
 import logging
 from dataclasses import replace
@@ -58,7 +58,7 @@ def transformers(tiny):
 def test_each_generation_is_a_fresh_pipelines(name):
     steps = 10 if name == "wan22" else 6  # enough for each of two experts
     tiny, other = make(name, steps), make(name, steps)
-    forwards = {key: 0 for key in transformers(tiny)}
+    forwards = dict.fromkeys(transformers(tiny), 0)
     for key, model in transformers(tiny).items():
         model.register_forward_hook(lambda *_, key=key: forwards.__setitem__(key, forwards[key] + 1))
     passes = CASES[name][1]

@@ -398,7 +398,7 @@ def test_q_loops_that_do_more_than_call_their_blocks():
 
 
 def test_r_a_model_that_is_not_its_spec_is_refused_at_its_first_forward_and_stays_usable():
-    """Parity is proved on the first forward: here the block list is asked for its length, and answers another number."""
+    """Parity is proved on the first forward: this block list runs its blocks backwards, which no spec knows of."""
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
 
@@ -548,3 +548,33 @@ def test_thresholds_of_nothing_are_not_warned_of(wan):
         with dit_patch.apply(wan, step_cache={**stepping.EAGER, "threshold": 0}) as handle:
             stepping.latents(wan)
         assert "the threshold is 0" in str(handle.step_stats()[0].notes)
+
+
+def test_a_layer_that_was_thrown_away_is_said_and_put_back(fresh):
+    pipeline = stepping.wan()
+    with dit_patch.apply(pipeline, step_cache=stepping.EAGER) as handle:
+        stepping.latents(pipeline)
+        del pipeline.transformer.forward  # as a library does that restores what it believes to be the original
+        with pytest.warns(UserWarning, match="something replaced the model's forward after apply"):
+            stepping.latents(pipeline)
+        assert dit_patch.apply(pipeline, step_cache=stepping.EAGER) is handle
+        assert torch.equal(stepping.latents(pipeline), fresh())
+
+
+def test_a_model_compiled_as_a_whole_later_is_said():
+    pipeline = stepping.wan()
+    with dit_patch.apply(pipeline, step_cache=stepping.EAGER):
+        pipeline.transformer.compile(backend="eager")
+        with pytest.warns(UserWarning, match="compiled as a whole after apply"):
+            stepping.latents(pipeline)
+    torch._dynamo.reset()
+
+
+def test_forward_called_without_its_hooks():
+    spec, case, model = bare()
+    calls = stepping.steps(spec, case)
+    with dit_patch.apply(model, step_cache=stepping.ALWAYS) as handle, torch.no_grad():
+        for arguments in calls:
+            model.forward(**arguments)
+        assert all(row.steps == 7 and row.cached for row in handle.step_stats())
+        handle.begin_generation()

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 
-for needed in ("cache_dit", "skimage", "matplotlib"):
-    pytest.importorskip(needed, reason=f"needs {needed}")
+pytest.importorskip("cache_dit", reason="needs cache-dit")
+pytest.importorskip("skimage", reason="needs scikit-image")
+pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 import stepping
 

@@ -1,9 +1,9 @@
 """A small Wan that was really trained: clips of one coloured shape moving across the frame, from prompts that say so.
 
 With random weights neither the speed nor the quality of step caching means anything: the residuals of an untrained
-model say nothing about those of a trained one. This is a real `WanPipeline` around a real `WanTransformer3DModel`, small
-enough to be trained in minutes on a CPU (`python -m dit_patch.shapes.train`) and to ship. Only the VAE is not one: it
-rearranges 2x2 pixels into channels, so that every pixel is the transformer's own.
+model say nothing about those of a trained one. This is a real `WanPipeline` around a real `WanTransformer3DModel`,
+small enough to be trained in minutes on a CPU (`python -m dit_patch.shapes.train`) and to ship. Only the VAE is not
+one: it rearranges 2x2 pixels into channels, so that every pixel is the transformer's own.
 """
 
 from __future__ import annotations

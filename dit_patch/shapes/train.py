@@ -1,4 +1,4 @@
-"""Train the small Wan of `dit_patch.shapes` on synthetic clips, with a seed, on a CPU: `python -m dit_patch.shapes.train`.
+"""Train the small Wan of `dit_patch.shapes` on synthetic clips, on a CPU: `python -m dit_patch.shapes.train`.
 
 Flow matching as Wan's: the model is given (1 - s) * clip + s * noise at timestep 1000 * s, and predicts noise - clip.
 """
@@ -14,6 +14,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 
 from ..tiny_pipelines import t5_tokenizer, umt5_encoder
 from . import COLOURS, DIRECTIONS, FRAMES, HERE, PROMPTS, SHAPES, SIZE, TEXT_TOKENS, PixelVAE
+from . import pipeline as shipped
 
 BATCH = 16
 SHIFT = 3.0  # of the noise levels, as in sampling
@@ -121,8 +122,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25, help="at most (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1500, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights that are shipped")
     options = parser.parse_args()
-    pipeline = build(options.seed)
+    pipeline = shipped() if options.resume else build(options.seed)
     train(pipeline, options.minutes, options.steps, options.seed)
     pipeline.to(torch.float16).save_pretrained(options.out)
 

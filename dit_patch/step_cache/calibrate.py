@@ -53,8 +53,8 @@ class Calibration:
             ssim = "" if point.ssim is None else f"{point.ssim:.4f}"
             mark = "  <- chosen" if point.threshold == self.chosen.threshold else ""
             lines.append(
-                f"  {point.threshold:<9g}  {point.cached:>3} of {point.steps:<3}  {point.speedup:>8.2f}x  {measured:>8}  "
-                f"{ssim:>6}{mark}".rstrip()
+                f"  {point.threshold:<9g}  {point.cached:>3} of {point.steps:<3}  {point.speedup:>8.2f}x  "
+                f"{measured:>8}  {ssim:>6}{mark}".rstrip()
             )
         return "\n".join(lines)
 
@@ -202,16 +202,23 @@ def _nearest(pipeline, runs, base, points: dict[float, Point], ssim: float, seed
         else:
             high = middle
     if found is None:
-        least = min((point for point in points.values() if point.ssim is not None), key=lambda point: point.threshold,
-                    default=None)  # fmt: skip
-        what = "nothing would be cached at any threshold" if least is None else (
-            f"at the threshold of {least.threshold:g} it is {least.ssim:.4f} with {least.cached} of {least.steps} steps cached"
-        )  # fmt: skip
         raise StepCacheError(
-            f"calibrate: SSIM {ssim:g} cannot be reached with {base}: {what}.\n"
+            f"calibrate: SSIM {ssim:g} cannot be reached with {base}: {_least(points)}.\n"
             "    A larger warmup or fn, a smaller max_continuous, or a calibrator keep nearer to the uncached frames."
         )
     return found
+
+
+def _least(points: Mapping[float, Point]) -> str:
+    """What the smallest threshold that was tried came to."""
+    tried = [point for point in points.values() if point.ssim is not None]
+    if not tried:
+        return "nothing would be cached at any threshold"
+    least = min(tried, key=lambda point: point.threshold)
+    return (
+        f"at the threshold of {least.threshold:g} it is {least.ssim:.4f} with {least.cached} of {least.steps} "
+        "steps cached"
+    )
 
 
 def _distinct(points: Any, *always: Point) -> list[Point]:

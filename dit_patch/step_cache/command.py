@@ -106,6 +106,6 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, An
     except (OSError, ValueError) as error:
         raise StepCacheError(
             f"--model: {quote(options.model)} cannot be loaded: {error}\n"
-            "    Give the folder of a saved pipeline, or an id of the hub; offline only what is in its cache can be had."
+            "    Give the folder of a saved pipeline, or a hub id; offline only what is in the cache can be had."
         ) from error
     return pipeline.to(device), prompts, {}

@@ -41,9 +41,9 @@ _THEIRS = {
 class StepCache:
     """How step caching decides what to skip. The output changes: by how much is for `dit-patch bench step-cache`.
 
-    At each forward the first `fn` blocks run. Where what they add to the hidden states (mean |a - b| / mean |b|, against
-    the last computed step of the same pass) differs by less than `threshold`, the middle blocks are skipped and what
-    they added last time is added again, or a forecast of it; then the last `bn` blocks run.
+    At each forward the first `fn` blocks run. Where what they add to the hidden states differs from what they added in
+    the last computed step of the same pass by less than `threshold` (mean |a - b| / mean |b|), the middle blocks are
+    skipped and what they added last time is added again, or a forecast of it; then the last `bn` blocks run.
 
     Attributes:
         fn: first blocks that always run, at least 1. By default 8, or 0.4 of the blocks where those are fewer.
@@ -110,7 +110,7 @@ class StepCache:
 
     @classmethod
     def of(cls, asked: StepCache | str | Mapping[str, Any] | None) -> StepCache | None:
-        """What the user asked for: a preset's name, a mapping of knobs (`preset` among them, to start from), or one made.
+        """What the user asked for: a preset's name, a mapping of knobs (with `preset` to start from), or a StepCache.
 
         Raises:
             StepCacheError: a preset, a knob or a value that does not exist.
@@ -176,7 +176,7 @@ class StepCache:
             return fn, self.bn
         given = "" if self.fn is None else f"fn={self.fn} and "
         raise StepCacheError(
-            f"{where} has {count} block{'s' if count != 1 else ''}, and {given}bn={self.bn} leave none of them to skip.\n"
+            f"{where} has {count} block{'s' if count != 1 else ''}, and {given}bn={self.bn} leave none to skip.\n"
             f"    fn + bn must be less than {count}."
             + (" Step caching has nothing to do on this model." if count < 2 else "")
         )
@@ -247,7 +247,7 @@ def _wrong(name: str, value: Any, message: str) -> StepCacheError:
 
 
 PRESETS = {
-    # FastVideo's published operating points on Wan 2.1 1.3B, 720p, 30 steps, one L40S: -18 % wall time at SSIM 0.957 ...
+    # FastVideo's published operating points on Wan 2.1 1.3B, 720p, 30 steps, L40S: -18 % wall time, SSIM 0.957 ...
     "quality": StepCache(threshold=0.08, calibrator="taylorseer"),
     # ... and -32 %.
     "balanced": StepCache(threshold=0.15, calibrator="taylorseer"),

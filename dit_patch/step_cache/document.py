@@ -34,8 +34,10 @@ def plain(result: Result) -> str:
     """The summary for a terminal."""
     rows = table(result)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(f"{cell:<{width}}" if not at else f"{cell:>{width}}" for at, (cell, width) in enumerate(zip(row, widths)))
-             for row in rows]  # fmt: skip
+    lines = []
+    for name, *cells in rows:
+        aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:]))
+        lines.append("  ".join([f"{name:<{widths[0]}}", *aligned]))
     lines += [f"note: {remark}" for remark in result.remarks] + [f"FAILED: {failure}" for failure in result.failures]
     return "\n".join(lines)
 
@@ -54,9 +56,9 @@ def write(path: Path, result: Result, title: str) -> None:
     parts += [f'<p class="bad">Failed: {escape(failure)}</p>' for failure in result.failures]
     parts.append(_html_table(head, rows))
     parts.append(
-        "<p>Times are seconds of a whole call and of the transformers in it, medians over the prompts; the spread is the "
-        "widest interquartile range of one prompt's repeats. SSIM and PSNR say how near each frame is to the baseline's of "
-        "the same seed, before any video encoding. They do not say which of the two is the better video.</p>"
+        "<p>Times are seconds of a whole call and of the transformers in it, medians over the prompts; the spread is "
+        "the widest interquartile range of one prompt's repeats. SSIM and PSNR say how near each frame is to the "
+        "baseline's of the same seed, before any video encoding. They do not say which is the better video.</p>"
     )
     parts += [f"<p>{escape(remark)}</p>" for remark in result.remarks]
     parts += ["<h2>Speed and likeness</h2>", _image(_plot(result.summaries))]

@@ -1,8 +1,8 @@
 """Which generation and which pass of a step a forward belongs to, without the user's help.
 
-Pipelines say it themselves, if one listens: denoising loops begin with `progress_bar` (diffusers' pipelines, FastVideo's
-stages) after the scheduler's `set_timesteps`, and diffusers names the pass with `cache_context`. Where nobody says it, the
-timesteps do: they fall during a generation, and the passes of a step share one.
+Pipelines say it themselves, if one listens: denoising loops begin with `progress_bar` (diffusers' pipelines,
+FastVideo's stages) after the scheduler's `set_timesteps`, and diffusers names the pass with `cache_context`. Where
+nobody says it, the timesteps do: they fall during a generation, and the passes of a step share one.
 """
 
 from __future__ import annotations

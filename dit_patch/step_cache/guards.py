@@ -15,7 +15,7 @@ from ..errors import StepCacheError
 from ..spec import Spec
 
 OLDEST, NEXT = "1.5.3", "1.6"
-"""The first cache-dit that the results were checked with (max_continuous counts otherwise before), and the first not."""
+"""The first cache-dit that this was checked with (before, max_continuous counts otherwise), and the first not."""
 
 
 def cache_dit() -> Any:
@@ -31,7 +31,8 @@ def cache_dit() -> Any:
         raise StepCacheError("step caching needs cache-dit: pip install 'dit-patch[cache]'") from None
     if not Version(OLDEST) <= Version(version) < Version(NEXT):
         raise StepCacheError(
-            f"step caching needs cache-dit >={OLDEST},<{NEXT}, and {version} is installed: pip install 'dit-patch[cache]'"
+            f"step caching needs cache-dit >={OLDEST},<{NEXT}, and {version} is installed: "
+            "pip install 'dit-patch[cache]'"
         )
     chatty = os.environ.get("CACHE_DIT_LOG_LEVEL")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")

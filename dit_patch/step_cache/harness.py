@@ -33,7 +33,7 @@ BASELINE, AGAIN = "baseline", "baseline again"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to generate: `config` cached with, by us or by cache-dit alone (`direct`); or `steps`, fewer than others."""
+    """One way to generate: cached by `config`, by us or by cache-dit alone (`direct`); or with fewer `steps`."""
 
     name: str
     config: StepCache | None = None

@@ -26,6 +26,8 @@ from .gates import Gates
 from .generations import Loops, Passes
 from .stats import StepStats, why_nothing
 
+_DISPLACED = "something replaced the model's forward after apply(), so nothing was cached; call apply() again"
+
 
 class Stepping:
     """One model's step cache.
@@ -56,6 +58,7 @@ class Stepping:
         self._thread: threading.Thread | None = None
         self._layer: wrapped.Wrapped | None = None
         self._pending, self._running, self._proven = True, False, False
+        self._unseen = 0  # forwards that did not come by our layer
         self.proof_seconds = 0.0
         """How much longer the first forward took, for being run without the cache, too."""
         self._expected: int | None = None
@@ -93,6 +96,15 @@ class Stepping:
         self.ends()
         if steps is not None:
             self._expected = steps
+        if resolve.compiled_in(self.target, self.model):
+            self._warn(
+                "it was compiled as a whole after apply(), and compiled code always runs all blocks: nothing will be "
+                "cached. Compile its blocks instead: model.compile_repeated_blocks()"
+            )
+
+    def saw_forward(self) -> None:
+        """A forward of the model has ended; our layer should have been in it."""
+        self._unseen += 1
 
     def ends(self) -> None:
         """The generation has ended, if one was running."""
@@ -101,6 +113,9 @@ class Stepping:
 
     def _finish(self) -> None:
         self._pending = True
+        if self._unseen > 0:
+            self._warn(_DISPLACED)
+        self._unseen = 0
         if not self._running:
             return
         self._running, self._expected = False, None
@@ -135,6 +150,7 @@ class Stepping:
         return owner, name
 
     def _forward(self, original, instance, args, kwargs):
+        self._unseen -= 1  # until it ends
         if _capturing():
             self.notes["left alone while a CUDA graph is captured: a decision waits for the device"] = None
             return original(*args, **kwargs)
@@ -158,7 +174,7 @@ class Stepping:
                 return self._gated(label, original, args, kwargs)
             return self._proved(label, original, args, kwargs)
         except BaseException:
-            self._pending = True
+            self._pending, self._unseen = True, 0
             self._passes.forget()
             raise
         finally:
@@ -192,7 +208,7 @@ class Stepping:
                 self.remove()
                 raise StepCacheError(
                     f"no step caching for {self.what}: with nothing cached its output is not the uncached model's, bit "
-                    f"for bit, so {self.spec.name} does not describe its blocks. It is off again; exact caches stay on.\n"
+                    f"for bit, so {self.spec.name} is not about its blocks. It is off again; exact caches stay on.\n"
                     "    Leave out step_cache, and tell whoever wrote the spec."
                 )
             self.notes["the uncached model does not repeat itself bit for bit, so that nothing could be proved"] = None
@@ -306,7 +322,7 @@ class Stepping:
             "bn": bn,
         }
         if context is None:
-            notes = [self._uncached] if self._uncached else []
+            notes = [self._uncached] if self._uncached else [_DISPLACED] if self._unseen > 0 else []
             return StepStats(**common, notes=(*notes, *self.notes))
         steps, cached = context.executed_steps, tuple(context.cached_steps)
         diffs = {int(step): diff for step, diff in context.residual_diffs.items()}

@@ -1,4 +1,4 @@
-"""How near two generations are, frame by frame, on raw frames: SSIM and PSNR by scikit-image, LPIPS where it is at hand.
+"""How near two generations are, by raw frames: SSIM and PSNR by scikit-image, LPIPS where it is at hand.
 
 All of them say how faithful one sample is to another. None says which of the two is the better video.
 """
@@ -16,7 +16,7 @@ from ..errors import StepCacheError
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of each frame to the baseline's: `ssim` in [-1, 1], `psnr` in dB (inf where equal), `lpips` (0 where equal) or None."""
+    """Of each frame to the baseline's: `ssim` in [-1, 1], `psnr` in dB (inf where equal), `lpips` or None."""
 
     ssim: tuple[float, ...]
     psnr: tuple[float, ...]

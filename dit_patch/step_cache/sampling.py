@@ -1,4 +1,4 @@
-"""Generations to be measured and compared: raw frames of a pipeline, and the time of the whole and of its transformers."""
+"""Generations to be measured: raw frames of a pipeline, the time of the whole and that of its transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..registry import Registry
 
 @dataclass(frozen=True)
 class Sample:
-    """One generation: `frames` (frames, channels, height, width) float32 in [0, 1] on the CPU, as the pipeline decoded them.
+    """One generation: `frames` (frames, channels, height, width), float32 in [0, 1] on the CPU, as they were decoded.
 
     `seconds` is the whole call, `dit_seconds` what of it went by in `calls` forwards of the transformers.
     """

@@ -13,8 +13,8 @@ from .config import StepCache
 class StepStats:
     """One block list in one pass of the last generation.
 
-    `steps` is how many steps ran, `cached` the numbers (from 0) of those whose middle blocks were skipped, `diffs` by step
-    the relative L1 difference that the decision went by, `nbytes` what is held now. `notes` says what there is to
+    `steps` is how many steps ran, `cached` the numbers (from 0) of those whose middle blocks were skipped, `diffs` the
+    relative L1 difference that each step's decision went by, `nbytes` what is held now. `notes` says what there is to
     say, among it why nothing was cached. Without a pass (`label` "") nothing has run yet.
     """
 
@@ -39,7 +39,7 @@ class StepStats:
 
 
 def why_nothing(config: StepCache, steps: int, diffs: Mapping[int, float]) -> str:
-    """Why no step of a pass was cached, and which threshold would have; `diffs` between each step and the one before."""
+    """Why no step of a pass was cached, and which threshold would have; `diffs` of each step to the one before."""
     if config.max_cached == 0:
         return "nothing cached: max_cached is 0"
     if config.threshold <= 0:
@@ -50,8 +50,8 @@ def why_nothing(config: StepCache, steps: int, diffs: Mapping[int, float]) -> st
     if not measured:
         return "nothing cached: the mask has all steps computed"
     return (
-        f"nothing cached: the smallest difference was {measured[0]:.3g}, not below the threshold of {config.threshold:g}; "
-        f"{_above(measured[0])} would have cached a step, {_above(median(measured))} about every second"
+        f"nothing cached: the smallest difference was {measured[0]:.3g}, not below the threshold of "
+        f"{config.threshold:g}; {_above(measured[0])} would have cached a step, {_above(median(measured))} about every second"
     )
 
 
