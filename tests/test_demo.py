@@ -117,12 +117,11 @@ def test_a_saved_pipeline_loads_and_makes_the_same_frames(name, tmp_path):
 
     loaded = type(pipeline).from_pretrained(tmp_path, local_files_only=True)
 
-    for name, module in pipeline.components.items():
-        if isinstance(module, torch.nn.Module):
-            weights = getattr(loaded, name).state_dict()
-            assert all(torch.equal(weight, weights[key]) for key, weight in module.state_dict().items())
-    # Weights that were mapped from a file lie elsewhere in memory, where some processors sum in another order.
-    assert torch.allclose(generate(pipeline), generate(loaded), atol=1e-5)
+    for module in loaded.components.values():
+        for weight in module.parameters() if isinstance(module, torch.nn.Module) else ():
+            # Mapped from the file it may lie at an odd address, where some processors sum in another order.
+            weight.data = weight.data.clone()
+    assert demo.difference(generate(pipeline), generate(loaded)) is None
 
 
 def test_both_experts_of_wan22_are_used():

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..keys import same_bits
 from ..scope import Frame
 from ..spec import Spec
 from . import guards
-from .config import CALIBRATORS, MASKS, StepCache
+from .config import MASKS, StepCache
 from .gates import Gates
 from .generations import Loops, Passes
 from .stats import StepStats, why_nothing
@@ -87,10 +88,6 @@ class Stepping:
         self.release()
         return gone
 
-    @property
-    def displaced(self) -> bool:
-        return self._layer is not None and not wrapped.installed(self._layer)
-
     def begins(self, steps: int | None) -> None:
         """A generation is about to begin, of that many steps of this model where that is known."""
         self.ends()
@@ -122,7 +119,8 @@ class Stepping:
         rows = self.stats()
         asked_for = self.config.threshold and self.config.max_cached != 0
         if asked_for and self._uncached is None and not any(row.cached for row in rows):
-            self._warn("; ".join(dict.fromkeys(row.notes[0] for row in rows if row.notes)))
+            nearest = min(rows, key=lambda row: min((diff for diff in row.diffs.values() if diff > 0), default=inf))
+            self._warn(nearest.notes[0])
         if self.config.release:
             self.release()
 
@@ -137,10 +135,6 @@ class Stepping:
         """A row per block list and pass of the last generation."""
         rows = [self._row(gates, label) for gates in self.gates for label in gates.contexts]
         return rows or self._last or [self._row(gates, "") for gates in self.gates]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(_held, (context for gates in self.gates for context in gates.contexts.values())))
 
     def _block_list(self, path: str) -> tuple[torch.nn.Module, str]:
         place, _, name = path.rpartition(".")
@@ -160,25 +154,30 @@ class Stepping:
         if not self._lock.acquire(blocking=False):
             raise self._two_threads()
         try:
-            frame = Frame(self.model, self._positions, args, kwargs, None)
-            label, began = self._passes.read(frame, loops_are_heard=self._loops.heard)
-            if began:
-                self._finish()
+            if not self._pending and self._thread is not threading.current_thread() and self._thread.is_alive():
+                raise self._two_threads()
+            return self._step(original, args, kwargs)
+        finally:
+            self._lock.release()
+
+    def _step(self, original: Any, args: tuple, kwargs: dict) -> Any:
+        frame = Frame(self.model, self._positions, args, kwargs, None)
+        label, began = self._passes.read(frame, loops_are_heard=self._loops.heard)
+        if began:
+            self._finish()
+        try:
             if self._pending:
                 self._begin()
-            elif self._thread is not threading.current_thread() and self._thread.is_alive():
-                raise self._two_threads()
             if self._uncached is not None:
                 return original(*args, **kwargs)
             if self._proven:
                 return self._gated(label, original, args, kwargs)
             return self._proved(label, original, args, kwargs)
         except BaseException:
-            self._pending, self._unseen = True, 0
+            # Whatever comes next is another generation.
+            self._pending, self._running, self._expected, self._unseen = True, False, None, 0
             self._passes.forget()
             raise
-        finally:
-            self._lock.release()
 
     def _two_threads(self) -> StepCacheError:
         return StepCacheError(
@@ -214,13 +213,12 @@ class Stepping:
             self.notes["the uncached model does not repeat itself bit for bit, so that nothing could be proved"] = None
         self._proven = True
         self.proof_seconds = (time.perf_counter() - start) / 2
-        self._check_memory(label)
+        self._check_memory(expected[0].device)
         return result
 
-    def _check_memory(self, label: str) -> None:
+    def _check_memory(self, device: torch.device) -> None:
         estimate = sum(gates.estimate(self.config) for gates in self.gates)
         self.notes[f"will hold at most {estimate / 2**20:.1f} MiB for each pass of this size"] = None
-        device = next(self.model.parameters()).device
         if device.type == "cuda" and 2 * estimate > torch.cuda.mem_get_info(device)[0]:
             self._warn(f"a step cache of two passes takes {2 * estimate / 2**30:.1f} GiB, more than is free")
 
@@ -296,19 +294,14 @@ class Stepping:
     def calibrator(self) -> Any:
         """cache-dit's configuration of the forecast, None where there is none."""
         config, caching = self.config, self._cache_dit
-        if config.calibrator is None:
-            return None
-        made, options = dict(
-            zip(
-                CALIBRATORS,
-                (
-                    (caching.TaylorSeerCalibratorConfig, {"taylorseer_order": config.order or 1}),
-                    (caching.FoCaCalibratorConfig, {}),
-                    (caching.DMDCalibratorConfig, {"dmd_history": config.history or 6}),
-                ),
-            )
-        )[config.calibrator]
-        return made(enable_calibrator=True, enable_encoder_calibrator=True, **options)
+        both = {"enable_calibrator": True, "enable_encoder_calibrator": True}
+        if config.calibrator == "taylorseer":
+            return caching.TaylorSeerCalibratorConfig(taylorseer_order=config.order or 1, **both)
+        if config.calibrator == "foca":
+            return caching.FoCaCalibratorConfig(**both)
+        if config.calibrator == "dmd":
+            return caching.DMDCalibratorConfig(dmd_history=config.history or 6, **both)
+        return None
 
     def _row(self, gates: Gates, label: str) -> StepStats:
         context = gates.contexts.get(label)

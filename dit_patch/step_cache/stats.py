@@ -51,7 +51,8 @@ def why_nothing(config: StepCache, steps: int, diffs: Mapping[int, float]) -> st
         return "nothing cached: the mask has all steps computed"
     return (
         f"nothing cached: the smallest difference was {measured[0]:.3g}, not below the threshold of "
-        f"{config.threshold:g}; {_above(measured[0])} would have cached a step, {_above(median(measured))} about every second"
+        f"{config.threshold:g}; {_above(measured[0])} would have cached a step, {_above(median(measured))} about "
+        "every second"
     )
 
 
