@@ -134,6 +134,58 @@ def test_likeness_is_scikit_images():
     assert same.equal and same.mean_ssim == 1 and math.isinf(same.mean_psnr)
 
 
+def test_lpips_where_it_is_at_hand(monkeypatch):
+    assert not quality.lpips_is_at_hand()  # nothing is downloaded
+    video = torch.rand(3, 3, 16, 16)
+    assert quality.likeness(video, video).lpips is None
+    asked = []
+
+    def model(one, other):
+        asked.append((one.min(), one.max()))
+        return (one - other).abs().mean((1, 2, 3)).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(quality, "_lpips_model", lambda: model)
+    like = quality.likeness(video, video.flip(0))
+    assert len(like.lpips) == 3 and like.lpips[1] == 0 < like.lpips[0]
+    assert -1 <= asked[0][0] < -0.9 and 0.9 < asked[0][1] <= 1  # lpips takes pixels from -1 to 1
+
+
+def test_without_scikit_image_it_is_said_before_anything_runs(trained, monkeypatch):
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    with pytest.raises(StepCacheError, match="cache-bench"):
+        StepCache.calibrate(trained, PROMPTS[:1], "1.5x", **CALL)
+    with pytest.raises(StepCacheError, match="cache-bench"):
+        quality.likeness(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16))
+
+
+def test_the_weights_can_be_trained_again(tmp_path):
+    from dit_patch.shapes import train
+
+    pipeline = train.build(seed=0)
+    before = [parameter.clone() for parameter in pipeline.transformer.parameters()]
+    train.train(pipeline, steps=2, seed=0)
+    again = train.build(seed=0)
+    assert all(torch.equal(one, other) for one, other in zip(before, again.transformer.parameters()))
+    train.train(again, steps=2, seed=0)
+    after = list(pipeline.transformer.parameters())
+    assert not any(torch.equal(one, other) for one, other in zip(before, after))
+    assert all(torch.equal(one, other) for one, other in zip(after, again.transformer.parameters()))
+
+
+@pytest.mark.parametrize("prompt", shapes.PROMPTS[::5])
+def test_clips_show_what_their_prompt_says(prompt):
+    from dit_patch.shapes import train
+
+    _, colour, _, _, way = prompt.split()
+    clip = train.clip(prompt, torch.Generator().manual_seed(0))
+    assert clip.shape == (3, shapes.FRAMES, shapes.SIZE, shapes.SIZE) and clip.abs().max() <= 1
+    covered = (clip - clip[:, :1, :1, :1]).abs().sum(0) > 0.5
+    first, last = (torch.nonzero(frame).float().mean(0) for frame in (covered[0], covered[-1]))
+    moved = (last - first) / (last - first).norm()
+    assert torch.allclose(moved, torch.tensor(shapes.DIRECTIONS[way]).float(), atol=0.1)
+    assert torch.allclose(clip[:, 0][:, covered[0]].mean(1), torch.tensor(shapes.COLOURS[colour]), atol=0.4)
+
+
 def test_calls_that_the_pipeline_does_not_take(trained):
     with pytest.raises(StepCacheError, match="WanPipeline takes no `heigth`; did you mean `height`?"):
         harness.compare(trained, PROMPTS, {"fast": FAST}, {"heigth": 32}, steps=4)

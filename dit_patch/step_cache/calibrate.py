@@ -19,7 +19,7 @@ from . import sampling
 from .config import StepCache
 from .gates import Gates
 from .live import Stepping
-from .quality import likeness
+from .quality import check_needed, likeness
 
 SAMPLE = 1 << 16
 """Elements of a residual that are kept of each step; the mean over them is the decision's to about a percent."""
@@ -77,17 +77,18 @@ def calibrate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise StepCacheError("calibrate: no prompts")
+    check_needed()
     sampling.check_call(pipeline, call)
     runs = []
-    with apply(
-        pipeline, only=(), step_cache=dataclasses.replace(base, threshold=0.0, min_steps=0, release=True)
-    ) as handle:
+    uncached = StepCache(fn=base.fn, bn=base.bn, threshold=0.0, warmup=0, min_steps=0, release=True)
+    with apply(pipeline, only=(), step_cache=uncached) as handle:
+        # What is done once, the proof of parity among it, is not timed.
+        sampling.generate(pipeline, prompts[0], seed, {**call, "num_inference_steps": 2})
         for prompt in prompts:
             recorder = Recorder(handle.steppings)
             sample = sampling.generate(pipeline, prompt, seed, call)
-            sample = dataclasses.replace(sample, seconds=sample.seconds - recorder.proof_seconds())
             if not recorder.steps:
-                raise StepCacheError("calibrate: no transformer ran, or each was left uncached; see print(handle)")
+                raise StepCacheError("calibrate: no transformer of this pipeline has run")
             runs.append((prompt, sample, recorder))
     points = {threshold: _predicted(runs, dataclasses.replace(base, threshold=threshold)) for threshold in GRID}
     if speed is not None:
@@ -115,15 +116,9 @@ class Recorder:
         self.steps: dict[tuple[Gates, str], list[torch.Tensor]] = {}
         self.seconds: dict[tuple[Gates, str], list[float]] = {}
         self._steppings = {gates: stepping for stepping in steppings for gates in stepping.gates}
-        self._before = sum(stepping.proof_seconds for stepping in steppings)
-        self._all = steppings
         self._device = next(steppings[0].model.parameters()).device
         for gates in self._steppings:
             gates.observer = self
-
-    def proof_seconds(self) -> float:
-        """What the first forwards took longer since this was made, see `Stepping`."""
-        return sum(stepping.proof_seconds for stepping in self._all) - self._before
 
     def middle_begins(self, gates: Gates, label: str, residual: torch.Tensor) -> None:
         flat = residual.detach().flatten()

@@ -147,7 +147,7 @@ class StepCache:
         """The threshold that reaches a target on these prompts, from the residuals of one uncached run of each.
 
         Args:
-            pipeline: not patched, or patched without a step cache.
+            pipeline: a diffusers pipeline, not patched.
             prompts: what to generate with; a few that are typical.
             target: a speed-up of the whole generation, such as "1.5x"; predicted from the run's own timings.
             ssim: instead of `target`: the least structural similarity to the uncached frames, between 0 and 1. Found

@@ -170,7 +170,7 @@ class _Pass:
         if number < gates.fn or number == self._last:
             after = self._split(result)
             self._made = after[1]
-            if number == self._last:
+            if number == self._last and self._before:  # or the loop has left out the block that decides
                 gates.keep(self._before, after)
                 self._before = ()
         return result

@@ -7,7 +7,6 @@ place: names, order and parameters stay what they are.
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from dataclasses import replace
 from math import inf
@@ -60,8 +59,6 @@ class Stepping:
         self._layer: wrapped.Wrapped | None = None
         self._pending, self._running, self._proven = True, False, False
         self._unseen = 0  # forwards that did not come by our layer
-        self.proof_seconds = 0.0
-        """How much longer the first forward took, for being run without the cache, too."""
         self._expected: int | None = None
         self._uncached: str | None = None  # why this generation is left alone
         self._last: list[StepStats] = []  # of a generation whose memory was given up
@@ -198,7 +195,6 @@ class Stepping:
 
     def _proved(self, label: str, original: Any, args: tuple, kwargs: dict) -> Any:
         """The first forward, of which nothing can be cached, held to the model's own."""
-        start = time.perf_counter()
         expected = list(tensors_in(_plain(original(*args, **kwargs))))
         result = self._gated(label, original, args, kwargs)
         if not _same(expected, list(tensors_in(_plain(result)))):
@@ -212,7 +208,6 @@ class Stepping:
                 )
             self.notes["the uncached model does not repeat itself bit for bit, so that nothing could be proved"] = None
         self._proven = True
-        self.proof_seconds = (time.perf_counter() - start) / 2
         self._check_memory(expected[0].device)
         return result
 

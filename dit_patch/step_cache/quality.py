@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ def likeness(baseline: torch.Tensor, other: torch.Tensor) -> Likeness:
     """Compare two videos (frames, channels, height, width), float in [0, 1].
 
     Raises:
-        StepCacheError: they have not the same number and size of frames; nothing is cut off to make them fit.
+        StepCacheError: scikit-image is missing, or they have not the same number and size of frames; nothing is cut off
+            to make them fit.
     """
+    check_needed()
     if baseline.shape != other.shape:
         raise StepCacheError(f"frames cannot be compared: the baseline has {_size(baseline)}, the other {_size(other)}")
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -53,6 +56,16 @@ def likeness(baseline: torch.Tensor, other: torch.Tensor) -> Likeness:
         ssim.append(1.0 if same else float(structural_similarity(ours, theirs, channel_axis=-1, data_range=1.0)))
         psnr.append(float("inf") if same else float(peak_signal_noise_ratio(ours, theirs, data_range=1.0)))
     return Likeness(tuple(ssim), tuple(psnr), _lpips(baseline, other), torch.equal(baseline, other))
+
+
+def check_needed() -> None:
+    """Refuse where frames cannot be compared, before hours were spent on them.
+
+    Raises:
+        StepCacheError: scikit-image is missing.
+    """
+    if find_spec("skimage") is None:
+        raise StepCacheError("comparing frames needs scikit-image: pip install 'dit-patch[cache-bench]'")
 
 
 def lpips_is_at_hand() -> bool:
