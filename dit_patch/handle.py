@@ -259,7 +259,7 @@ class Member:
         for patch in self.patches:
             patch.install()
         if self.stepping is not None:
-            self.stepping.repair()
+            self.stepping.repair(target)
         for at in self._warned & set(self.notes):
             del self.notes[at]
         self._warned.clear()

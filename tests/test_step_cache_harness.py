@@ -161,15 +161,15 @@ def test_without_scikit_image_it_is_said_before_anything_runs(trained, monkeypat
 def test_the_weights_can_be_trained_again(tmp_path):
     from dit_patch.shapes import train
 
-    pipeline = train.build(seed=0)
-    before = [parameter.clone() for parameter in pipeline.transformer.parameters()]
-    train.train(pipeline, steps=2, seed=0)
-    again = train.build(seed=0)
-    assert all(torch.equal(one, other) for one, other in zip(before, again.transformer.parameters()))
-    train.train(again, steps=2, seed=0)
-    after = list(pipeline.transformer.parameters())
-    assert not any(torch.equal(one, other) for one, other in zip(before, after))
-    assert all(torch.equal(one, other) for one, other in zip(after, again.transformer.parameters()))
+    built = train.build(seed=0)
+    before = [parameter.clone() for parameter in built.transformer.parameters()]
+    trained = []
+    for _ in range(2):
+        built.transformer.load_state_dict(dict(zip(built.transformer.state_dict(), before)))
+        train.train(built, steps=2, seed=0)
+        trained.append([parameter.clone() for parameter in built.transformer.parameters()])
+    assert not any(map(torch.equal, before, trained[0]))
+    assert all(map(torch.equal, *trained))
 
 
 @pytest.mark.parametrize("prompt", shapes.PROMPTS[::5])

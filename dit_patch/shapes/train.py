@@ -1,7 +1,7 @@
 """Train the small Wan of `dit_patch.shapes` on synthetic clips, on a CPU: `python -m dit_patch.shapes.train`.
 
 Flow matching as Wan's: the model is given (1 - s) * clip + s * noise at timestep 1000 * s, and predicts noise - clip.
-The weights that are shipped took two rounds, the second with `--resume --seed 1`, an hour in all on two cores; there the
+The weights that are shipped took two rounds, the second with `--resume --seed 1`, an hour in all on two cores; their
 learning rate followed the clock instead of the steps.
 """
 

@@ -69,8 +69,12 @@ class Stepping:
         self._loops = Loops(self.target, self.model, self.begins, self.ends)
         self._layer = wrapped.install(self.model, "forward", self._forward)
 
-    def repair(self) -> None:
-        """Put back what another library has displaced."""
+    def repair(self, target: Any = None) -> None:
+        """Put back what another library has displaced; listen to `target`, the pipeline, where it is another one."""
+        if self._layer is not None and target is not None and target is not self.target:
+            self._loops.remove()
+            self.target = target
+            self._loops = Loops(target, self.model, self.begins, self.ends)
         if self._layer is not None and not wrapped.installed(self._layer):
             self._layer = wrapped.install(self.model, "forward", self._forward)
 
