@@ -82,9 +82,13 @@ def test_the_report_and_the_csv(result, tmp_path):
     )
     for word in ("cache-dit", "torch", "diffusers", "scikit-image", "1.5.3", "LPIPS", "worst frame", "baseline again"):
         assert word in page
-    harness.write_csv(tmp_path / "runs.csv", result)
-    with (tmp_path / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    runs, frames = harness.write_csv(tmp_path, result)
+    with runs.open() as file, frames.open() as others:
+        rows, each = list(csv.DictReader(file)), list(csv.DictReader(others))
+    assert len(each) == shapes.FRAMES * len(rows)
+    assert (
+        min(float(row["ssim"]) for row in each if row["variant"] == "fast") == by_name(result)["fast"].worst_frame_ssim
+    )
     assert len(rows) == len(result.runs)
     fast = next(row for row in rows if row["variant"] == "fast")
     assert float(fast["seconds"]) > float(fast["dit_seconds"]) > 0 and "transformer blocks cond: " in fast["cached"]

@@ -18,7 +18,7 @@ NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare, print the table, write `report.html` and `runs.csv`; 1 where the comparison is void."""
+    """Compare, print the table, write `report.html`, `runs.csv` and `frames.csv`; 1 where the comparison is void."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise StepCacheError(f"bench step-cache needs {', '.join(missing)}: pip install 'dit-patch[cache-bench]'")
@@ -47,9 +47,9 @@ def run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     title = f"Step caching on {options.model}, {options.steps} steps"
     document.write(options.out / "report.html", result, title)
-    harness.write_csv(options.out / "runs.csv", result)
-    print("\n" + document.plain(result))
-    print(f"\n{options.out / 'report.html'}\n{options.out / 'runs.csv'}")
+    tables = harness.write_csv(options.out, result)
+    print("\n" + document.plain(result) + "\n")
+    print(options.out / "report.html", *tables, sep="\n")
     return 1 if result.failures else 0
 
 

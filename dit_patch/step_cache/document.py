@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import statistics
 from html import escape
 from math import isinf
 from pathlib import Path
@@ -11,11 +12,16 @@ from pathlib import Path
 import torch
 
 from .harness import AGAIN, BASELINE, Result, Run, Summary
+from .stats import ranges
 
 _COLUMNS = (
     "variant", "seconds", "spread", "speed-up", "in the DiT", "speed-up", "DiT calls", "blocks skipped", "SSIM",
     "worst prompt", "worst frame", "PSNR", "worst prompt", "LPIPS", "equal",
 )  # fmt: skip
+_PROMPT_COLUMNS = [
+    "variant", "prompt", "seed", "seconds", "spread", "in the DiT", "SSIM", "worst frame", "blocks skipped",
+    "skipped steps",
+]  # fmt: skip
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .7em; text-align: right }
@@ -71,8 +77,7 @@ def write(path: Path, result: Result, title: str) -> None:
         )
         parts.append(_image(_sheet(_baseline(result, run), run)))
     parts.append("<h2>Prompts</h2>")
-    heads = ["variant", "prompt", "seed", "seconds", "SSIM", "worst frame", "skipped steps"]
-    parts.append(_html_table(heads, [_prompt_row(run) for run in result.runs]))
+    parts.append(_html_table(_PROMPT_COLUMNS, [_prompt_row(run) for run in result.runs]))
     parts.append("<h2>Surroundings</h2><dl>")
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value) or '-'}</dd>" for name, value in result.about.items()]
     parts.append("</dl>")
@@ -109,16 +114,18 @@ def _decibel(value: float) -> str:
 
 
 def _prompt_row(run: Run) -> list[str]:
-    steps = "; ".join(f"{where}: {', '.join(map(str, skipped)) or 'none'}" for where, skipped in run.cached.items())
-    seconds = f"{min(run.seconds):.3f} to {max(run.seconds):.3f}"
     like = run.likeness
+    steps = "; ".join(f"{where}: {ranges(skipped) or 'none'}" for where, skipped in run.cached.items())
     return [
         run.variant.name,
         run.prompt,
         str(run.seed),
-        seconds,
+        f"{statistics.median(run.seconds):.3f}",
+        f"{run.spread:.3f}",
+        f"{statistics.median(run.dit_seconds):.3f}",
         f"{like.mean_ssim:.4f}",
         f"{min(like.ssim):.4f}",
+        f"{run.skipped:.0%}" if run.skipped else "-",
         steps or "-",
     ]
 

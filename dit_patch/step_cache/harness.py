@@ -61,6 +61,14 @@ class Run:
     dit_seconds: list[float] = field(default_factory=list)
     likeness: Likeness | None = None
 
+    @property
+    def spread(self) -> float:
+        """The interquartile range of the seconds."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -153,10 +161,11 @@ def thresholds(values: Sequence[float], base: StepCache) -> dict[str, StepCache]
     return {f"R{value:g}": dataclasses.replace(base, threshold=value) for value in values}
 
 
-def write_csv(path: Path, result: Result) -> None:
-    """A row per variant and prompt, with the environment."""
-    head = "variant prompt seed calls seconds dit_seconds skipped cached ssim worst_frame_ssim psnr lpips equal"
-    with path.open("w", newline="") as file:
+def write_csv(folder: Path, result: Result) -> list[Path]:
+    """`runs.csv`, a row per variant and prompt with the environment, and `frames.csv`, a row per frame; their paths."""
+    head = "variant prompt seed calls seconds spread dit_seconds skipped cached ssim worst_frame_ssim psnr lpips equal"
+    runs, frames = folder / "runs.csv", folder / "frames.csv"
+    with runs.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*head.split(), *result.about])
         for run in result.runs:
@@ -164,10 +173,17 @@ def write_csv(path: Path, result: Result) -> None:
             lpips = "" if like.lpips is None else statistics.fmean(like.lpips)
             cached = "; ".join(f"{where}: {' '.join(map(str, steps))}" for where, steps in run.cached.items())
             writer.writerow(
-                [run.variant.name, run.prompt, run.seed, run.calls, statistics.median(run.seconds)]
+                [run.variant.name, run.prompt, run.seed, run.calls, statistics.median(run.seconds), run.spread]
                 + [statistics.median(run.dit_seconds), run.skipped, cached]
                 + [like.mean_ssim, min(like.ssim), like.mean_psnr, lpips, like.equal, *result.about.values()]
             )
+    with frames.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "prompt", "seed", "frame", "ssim", "psnr"])
+        for run in result.runs:
+            for frame, values in enumerate(zip(run.likeness.ssim, run.likeness.psnr)):
+                writer.writerow([run.variant.name, run.prompt, run.seed, frame, *values])
+    return [runs, frames]
 
 
 class _Comparison:
@@ -243,7 +259,7 @@ class _Comparison:
         return Summary(
             name=name,
             seconds=self._seconds(name),
-            spread=max(_quartiles(run.seconds) for run in runs),
+            spread=max(run.spread for run in runs),
             dit_seconds=self._seconds(name, dit=True),
             speedup=self._seconds(BASELINE) / self._seconds(name),
             dit_speedup=self._seconds(BASELINE, dit=True) / self._seconds(name, dit=True),
@@ -311,14 +327,6 @@ def _read(handle: Any) -> tuple[dict[str, tuple[int, ...]], float, tuple[str, ..
 
 def _alone(name: str) -> str:
     return f"{name}, cache-dit alone"
-
-
-def _quartiles(values: Sequence[float]) -> float:
-    """The interquartile range."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
 
 
 def _cache_dit_alone(pipeline: Any, config: StepCache, passes: int) -> tuple[Any, Callable, Callable]:

@@ -70,7 +70,7 @@ def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
             continue
         diffs = sorted(diff for diff in row.diffs.values() if diff > 0)
         spread = f"  differences {diffs[0]:.3g} to {diffs[-1]:.3g}, median {median(diffs):.3g}" if diffs else ""
-        steps = f": {_ranges(row.cached)}" if row.cached else ""
+        steps = f": {ranges(row.cached)}" if row.cached else ""
         lines.append(
             f"  {row.model}  {row.label}  {row.blocks} F{row.fn}B{row.bn} of {row.count}  "
             f"{len(row.cached)} of {row.steps} steps cached{steps}  ({row.skipped:.0%} of its blocks' calls)"
@@ -80,8 +80,8 @@ def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
     return lines
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Such as 3-5, 7."""
+def ranges(numbers: Sequence[int]) -> str:
+    """Step numbers as one writes them: 3-5, 7."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
