@@ -137,9 +137,10 @@ def compare(
     variants = [Variant(BASELINE), Variant(AGAIN)]
     for name, config in configs.items():  # next to each other, for their times are compared pairwise
         variants += [Variant(name, config), *[Variant(_alone(name), config, direct=True)] * direct]
-    comparison.measure(variants, repeats)
-    fewer = comparison.fewer_steps(configs)
-    comparison.measure(fewer, repeats)
+    comparison.warm_up(variants)
+    fewer = comparison.fewer_steps()
+    comparison.warm_up(fewer)
+    comparison.measure([*variants, *fewer], repeats)
     failures, remarks = comparison.judge(configs, direct)
     about = {
         **environment(str(comparison.device)),
@@ -202,24 +203,25 @@ class _Comparison:
         self.runs: dict[tuple[str, int], Run] = {}
         self._alone: dict[str, Any] = {}
         self._passes = 1
+        self._skipped: dict[str, float] = {}
+
+    def warm_up(self, variants: Sequence[Variant]) -> None:
+        """What is done once is not timed: allocations, lazy imports, the proof of parity."""
+        for variant in variants:
+            self._generate(variant, 0, warm_up=True)
+
+    def fewer_steps(self) -> list[Variant]:
+        """For each step cache a baseline with as many steps as have the block calls that it has left."""
+        counts = {max(1, round(self.steps * (1 - skipped))) for skipped in self._skipped.values() if skipped}
+        return [Variant(f"{count} steps", steps=count) for count in sorted(counts, reverse=True)]
 
     def measure(self, variants: Sequence[Variant], repeats: int) -> None:
         """Each variant once before any has its second turn, so that whatever else the machine does falls on all."""
-        for variant in variants:  # allocations, lazy imports and the proof of parity
-            self._generate(variant, 0, warm_up=True)
         for number, prompt in enumerate(self.prompts):
             for repeat in range(repeats):
                 for variant in variants:
                     seconds = self._generate(variant, number)
                     self.say(f"{variant.name}, {prompt!r}, {repeat + 1} of {repeats}: {seconds:.2f} s")
-
-    def fewer_steps(self, configs: Mapping[str, StepCache]) -> list[Variant]:
-        """For each step cache a baseline with as many steps as go into the time that it took."""
-        plain = self._seconds(BASELINE, dit=True)
-        counts = {
-            max(1, min(self.steps, round(self.steps * self._seconds(name, dit=True) / plain))) for name in configs
-        }
-        return [Variant(f"{count} steps", steps=count) for count in sorted(counts, reverse=True)]
 
     def judge(self, configs: Mapping[str, StepCache], direct: bool) -> tuple[list[str], list[str]]:
         """Compare all frames with the baseline's; what makes the comparison void, and what there is to say of it."""
@@ -287,9 +289,10 @@ class _Comparison:
             cached, skipped, notes = read()
         if variant.name == BASELINE:
             self._passes = max(1, round(sample.calls / self.steps))
-        run = self.runs.get((variant.name, number))
         if warm_up:
+            self._skipped[variant.name] = skipped
             return sample.seconds
+        run = self.runs.get((variant.name, number))
         if run is None:
             run = Run(variant, prompt, seed, sample.frames, sample.calls, cached, skipped, notes)
             self.runs[variant.name, number] = run
