@@ -1,7 +1,7 @@
 """`dit-patch bench step-cache`: a baseline and cached generations with the same seeds, side by side, with controls.
 
 The controls say what the figures are worth. The baseline against itself: how far two runs of the same are apart. Fewer
-steps in the same time: what the same speed costs without any cache. cache-dit driven directly: what we add to it.
+steps, for as many block calls: what the same speed costs without any cache. cache-dit driven directly: what we add.
 """
 
 from __future__ import annotations
