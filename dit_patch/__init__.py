@@ -5,7 +5,7 @@ print(handle)
 handle.remove()
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 from .errors import (
@@ -39,14 +39,11 @@ __all__ = [
 ]
 
 
+_WHERE = {"apply": ".handle", "Handle": ".handle", "StepCache": ".step_cache"}
+
+
 def __getattr__(name: str):
     # torch is imported with the first use, so that the command line starts without it.
-    if name in ("apply", "Handle"):
-        from . import handle
-
-        return getattr(handle, name)
-    if name == "StepCache":
-        from .step_cache import StepCache
-
-        return StepCache
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import tiny_pipelines
-from .errors import DitPatchError
+from . import extras, tiny_pipelines
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +89,7 @@ def run(
     Returns:
         The exit code: 0 if every frame of every pipeline is the same with patches and after their removal, else 1.
     """
-    _check_needed()
+    extras.require("the demo", NEEDED, "demo")
     if apply is None:
         from . import apply
     out = Path(out)
@@ -280,12 +279,6 @@ def _write_mp4(path: Path, frames: list) -> None:
 def _bytes(video: torch.Tensor):
     """A float video (frames, 3, height, width; 0 to 1) as a uint8 array (frames, height, width, 3)."""
     return (video * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def _check_needed() -> None:
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise DitPatchError(f"the demo needs {', '.join(missing)}: pip install 'dit-patch[demo]'")
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def apply(
         )
     specs = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
     options = _options(only, max_bytes, check, fixes, specs, StepCache.of(step_cache))
-    found = _with_specs(resolve.models(target), Registry(specs, trust=trust))
+    found = with_specs(resolve.models(target), Registry(specs, trust=trust))
     existing = _existing([model for model, _ in found.values()], options)
     if existing is not None:
         existing.repair(target)
@@ -410,7 +410,12 @@ def _options(only, max_bytes, check, fixes, specs, step_cache) -> Options:
     return Options(kinds, max_bytes, check, bool(fixes), tuple(str(each) for each in specs), step_cache)
 
 
-def _with_specs(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
+def with_specs(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """Those of the models that there is a spec for, each with it.
+
+    Raises:
+        UnsupportedModelError: there is none for any of them.
+    """
     found = {}
     for name, model in models.items():
         spec = registry.find(type(model))

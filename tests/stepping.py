@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import dit_patch
 from dit_patch import mini, tiny_pipelines
 from dit_patch.step_cache import guards
+from dit_patch.step_cache.harness import enable_cache_dit
 
 EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
 """Caches a good part of what an untrained model does."""
@@ -87,24 +88,13 @@ def cached(handle) -> dict[str, tuple[int, ...]]:
 
 def cache_dit_alone(model, spec, *, fn: int, bn: int, threshold: float, warmup: int, calibrator=None, cfg: bool = True):
     """cache-dit's own switch on a model."""
-    caching = guards.cache_dit()
-    adapter = caching.BlockAdapter(
-        pipe=type("Alone", (caching.FakeDiffusionPipeline,), {})(),
-        transformer=model,
-        blocks=[getattr(model, blocks.at) for blocks in spec.blocks],
-        blocks_name=[blocks.at for blocks in spec.blocks],
-        forward_pattern=[caching.ForwardPattern[f"Pattern_{blocks.pattern}"] for blocks in spec.blocks],
-        check_forward_pattern=False,
-        has_separate_cfg=cfg,
-    )
-    config = caching.DBCacheConfig(
-        Fn_compute_blocks=fn,
-        Bn_compute_blocks=bn,
-        residual_diff_threshold=threshold,
-        max_warmup_steps=warmup,
-        enable_separate_cfg=cfg,
-    )
-    caching.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
+    decisions = [
+        guards.cache_dit().DBCacheConfig(
+            Fn_compute_blocks=fn, Bn_compute_blocks=bn, residual_diff_threshold=threshold, max_warmup_steps=warmup
+        )
+        for _ in spec.blocks
+    ]
+    enable_cache_dit(model, spec, decisions, calibrator, cfg=cfg)
     contexts = [model._context_manager.get_context(name) for name in model._context_names]
     return lambda: [each for context in contexts for each in (context.cached_steps, context.cfg_cached_steps)]
 

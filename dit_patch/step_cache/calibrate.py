@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def calibrate(
     else:
         chosen = _nearest(pipeline, runs, base, points, ssim, seed, call)
     asked = target if speed is not None else f"SSIM {ssim:g}"
-    shown = tuple(_distinct(points.values(), chosen))
+    shown = tuple(_distinct(points.values()))
     return dataclasses.replace(base, threshold=chosen.threshold, calibration=Calibration(asked, shown, chosen))
 
 
@@ -216,11 +216,11 @@ def _least(points: Mapping[float, Point]) -> str:
     )
 
 
-def _distinct(points: Any, *always: Point) -> list[Point]:
+def _distinct(points: Collection[Point]) -> list[Point]:
     """Of the points that cache the same number of steps only the first, and those that were tried."""
     kept: dict[int, Point] = {}
     for point in sorted(points, key=lambda point: point.threshold):
         kept.setdefault(point.cached, point)
     tried = [point for point in points if point.measured is not None]
-    every = {point.threshold: point for point in (*kept.values(), *tried, *always)}
+    every = {point.threshold: point for point in (*kept.values(), *tried)}
     return [every[threshold] for threshold in sorted(every)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from .. import extras
 from ..demo import quiet_upstream
 from ..errors import StepCacheError, quote, suggest
 from .config import KNOBS, PRESETS, StepCache
@@ -19,9 +19,7 @@ NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow"
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print the table, write `report.html`, `runs.csv` and `frames.csv`; 1 where the comparison is void."""
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise StepCacheError(f"bench step-cache needs {', '.join(missing)}: pip install 'dit-patch[cache-bench]'")
+    extras.require("bench step-cache", NEEDED, "cache-bench", StepCacheError)
     from . import document, guards, harness
 
     guards.cache_dit()

@@ -76,10 +76,7 @@ class Loops:
 
     def _stage(self, original, instance, args, kwargs):
         self._boundary = _fastvideo_boundary(*args[:2])
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._ends()
+        return self._after(original, instance, args, kwargs)
 
     def _after(self, original, instance, args, kwargs):
         try:

@@ -82,14 +82,12 @@ def _problems(model: torch.nn.Module, target: Any, blocks: list[torch.nn.ModuleL
         yield f"diffusers' own caching is on ({config})", "Call its disable_cache() first, or leave out step_cache."
     if "_is_cached" in vars(model) or "_context_manager" in vars(model):
         yield "cache-dit is on already", "Call cache_dit.disable_cache(...) first, or leave out step_cache."
-    for block in (block for each in blocks for block in each):
-        if _prefetches(block):
-            yield (
-                "its blocks are offloaded with prefetching, which counts on each block to bring in the next",
-                "Use group offloading with use_stream=False, or enable_model_cpu_offload(); in FastVideo, "
-                "dit_layerwise_offload=False.",
-            )
-            break
+    if any(_prefetches(block) for each in blocks for block in each):
+        yield (
+            "its blocks are offloaded with prefetching, which counts on each block to bring in the next",
+            "Use group offloading with use_stream=False, or enable_model_cpu_offload(); in FastVideo, "
+            "dit_layerwise_offload=False.",
+        )
 
 
 def _prefetches(block: torch.nn.Module) -> bool:

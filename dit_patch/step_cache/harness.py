@@ -22,7 +22,7 @@ import torch
 from ..bench import environment, version
 from ..errors import StepCacheError
 from ..handle import apply
-from ..registry import Registry
+from ..spec import Spec
 from . import guards, sampling
 from .config import StepCache
 from .live import Stepping
@@ -191,15 +191,9 @@ class _Comparison:
     """The generations of one `compare`, and what they come to."""
 
     def __init__(self, pipeline, prompts: list[str], call: dict, steps: int, seed: int, say) -> None:
-        self.pipeline, self.prompts, self.call, self.steps, self.seed, self.say = (
-            pipeline,
-            prompts,
-            call,
-            steps,
-            seed,
-            say,
-        )
-        self.device = next(next(iter(sampling.transformers(pipeline).values())).parameters()).device
+        self.pipeline, self.prompts, self.call = pipeline, prompts, call
+        self.steps, self.seed, self.say = steps, seed, say
+        self.device = sampling.device_of(pipeline)
         self.runs: dict[tuple[str, int], Run] = {}
         self._alone: dict[str, Any] = {}
         self._passes = 1
@@ -332,34 +326,37 @@ def _alone(name: str) -> str:
     return f"{name}, cache-dit alone"
 
 
+def enable_cache_dit(
+    model: torch.nn.Module, spec: Spec, decisions: Sequence[Any], calibrator: Any, *, cfg: bool
+) -> None:
+    """cache-dit's own switch on a model: a `DBCacheConfig` for each block list, and a calibrator's configuration."""
+    caching = guards.cache_dit()
+    for each in decisions:
+        each.enable_separate_cfg = cfg
+    adapter = caching.BlockAdapter(
+        pipe=type("Alone", (caching.FakeDiffusionPipeline,), {})(),
+        transformer=model,
+        blocks=[getattr(model, blocks.at) for blocks in spec.blocks],
+        blocks_name=[blocks.at for blocks in spec.blocks],
+        forward_pattern=[caching.ForwardPattern[f"Pattern_{blocks.pattern}"] for blocks in spec.blocks],
+        check_forward_pattern=False,
+        has_separate_cfg=cfg,
+    )
+    modifiers = [caching.ParamsModifier(cache_config=each) for each in decisions]
+    caching.enable_cache(adapter, cache_config=decisions[0], calibrator_config=calibrator, params_modifiers=[modifiers])
+
+
 def _cache_dit_alone(pipeline: Any, config: StepCache, passes: int) -> tuple[Any, Callable, Callable]:
     """cache-dit's own switch on copies of the transformers, for it does not leave a model as it found it."""
     caching = guards.cache_dit()
-    registry = Registry()
     copied = copy.copy(pipeline)
     models = []
-    for name, model in sampling.transformers(pipeline).items():
-        spec = registry.find(type(model))
+    for name, (model, spec) in sampling.transformers(pipeline).items():
         # Its numbers for cache-dit, without any of our layers.
         stepping = Stepping(name, model, spec, pipeline, config)
         model = copy.deepcopy(model)
         setattr(copied, name, model)
-        decisions = stepping.decisions()
-        for each in decisions:
-            each.enable_separate_cfg = passes > 1
-        adapter = caching.BlockAdapter(
-            pipe=type("Alone", (caching.FakeDiffusionPipeline,), {})(),
-            transformer=model,
-            blocks=[getattr(model, blocks.at) for blocks in spec.blocks],
-            blocks_name=[blocks.at for blocks in spec.blocks],
-            forward_pattern=[caching.ForwardPattern[f"Pattern_{blocks.pattern}"] for blocks in spec.blocks],
-            check_forward_pattern=False,
-            has_separate_cfg=passes > 1,
-        )
-        modifiers = [caching.ParamsModifier(cache_config=each) for each in decisions]
-        caching.enable_cache(
-            adapter, cache_config=decisions[0], calibrator_config=stepping.calibrator(), params_modifiers=[modifiers]
-        )
+        enable_cache_dit(model, spec, stepping.decisions(), stepping.calibrator(), cfg=passes > 1)
         models.append(model)
 
     def refresh() -> None:

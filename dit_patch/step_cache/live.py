@@ -17,14 +17,14 @@ import torch
 from .. import resolve, scope, wrapped
 from ..cache import tensors_in
 from ..errors import StepCacheError
-from ..keys import same_bits
+from ..memo import same
 from ..scope import Frame
 from ..spec import Spec
 from . import guards
 from .config import MASKS, StepCache
 from .gates import Gates
 from .generations import Loops, Passes
-from .stats import StepStats, why_nothing
+from .stats import StepStats, measured, why_nothing
 
 _DISPLACED = "something replaced the model's forward after apply(), so nothing was cached; call apply() again"
 
@@ -45,14 +45,12 @@ class Stepping:
         self.what = f"{name} ({type(model).__name__})"
         guards.check_spec(spec, self.what)
         self._cache_dit = guards.cache_dit()
-        lists = [self._block_list(blocks.at) for blocks in spec.blocks]
-        for blocks, (owner, attribute) in zip(spec.blocks, lists):
-            config.blocks(len(owner._modules[attribute]), f"{self.what}.{blocks.at}")
-        guards.check_model(model, target, [owner._modules[attribute] for owner, attribute in lists], self.what)
         self.gates = [
-            Gates(owner, attribute, blocks.pattern, f"{self.what}.{blocks.at}")
-            for blocks, (owner, attribute) in zip(spec.blocks, lists)
+            Gates(*self._block_list(blocks.at), blocks.pattern, f"{self.what}.{blocks.at}") for blocks in spec.blocks
         ]
+        for gates in self.gates:
+            config.blocks(len(gates.blocks), gates.where)
+        self._check_model()
         self._positions = {each: at for at, each in enumerate(spec.parameters or scope.parameters(model))}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -120,7 +118,7 @@ class Stepping:
         rows = self.stats()
         asked_for = self.config.threshold and self.config.max_cached != 0
         if asked_for and self._uncached is None and not any(row.cached for row in rows):
-            nearest = min(rows, key=lambda row: min((diff for diff in row.diffs.values() if diff > 0), default=inf))
+            nearest = min(rows, key=lambda row: min(measured(row.diffs), default=inf))
             self._warn(nearest.notes[0])
         if self.config.release:
             self.release()
@@ -136,6 +134,9 @@ class Stepping:
         """A row per block list and pass of the last generation."""
         rows = [self._row(gates, label) for gates in self.gates for label in gates.contexts]
         return rows or self._last or [self._row(gates, "") for gates in self.gates]
+
+    def _check_model(self) -> None:
+        guards.check_model(self.model, self.target, [gates.blocks for gates in self.gates], self.what)
 
     def _block_list(self, path: str) -> tuple[torch.nn.Module, str]:
         place, _, name = path.rpartition(".")
@@ -199,10 +200,10 @@ class Stepping:
 
     def _proved(self, label: str, original: Any, args: tuple, kwargs: dict) -> Any:
         """The first forward, of which nothing can be cached, held to the model's own."""
-        expected = list(tensors_in(_plain(original(*args, **kwargs))))
+        expected = original(*args, **kwargs)
         result = self._gated(label, original, args, kwargs)
-        if not _same(expected, list(tensors_in(_plain(result)))):
-            if _same(expected, list(tensors_in(_plain(original(*args, **kwargs))))):
+        if not same(expected, result):
+            if same(expected, original(*args, **kwargs)):
                 self.notes["refused: not equal to the uncached model"] = None
                 self.remove()
                 raise StepCacheError(
@@ -212,7 +213,7 @@ class Stepping:
                 )
             self.notes["the uncached model does not repeat itself bit for bit, so that nothing could be proved"] = None
         self._proven = True
-        self._check_memory(expected[0].device)
+        self._check_memory(next(tensors_in(result)).device)
         return result
 
     def _check_memory(self, device: torch.device) -> None:
@@ -223,7 +224,7 @@ class Stepping:
 
     def _begin(self) -> None:
         """At the first forward of a generation: nothing of the one before is left."""
-        guards.check_model(self.model, self.target, [gates.blocks for gates in self.gates], self.what)
+        self._check_model()
         self._pending, self._running, self._last = False, True, []
         self._thread = threading.current_thread()
         self._uncached = self._too_few()
@@ -325,14 +326,6 @@ class Stepping:
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"dit_patch: step cache of {self.what}: {message}", stacklevel=2)
-
-
-def _plain(result: Any) -> Any:
-    return tuple(result.values()) if isinstance(result, dict) else result
-
-
-def _same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) and all(map(same_bits, ours, theirs))
 
 
 def _capturing() -> bool:

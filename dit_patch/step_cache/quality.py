@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from .. import extras
 from ..errors import StepCacheError
 
 
@@ -64,8 +64,7 @@ def check_needed() -> None:
     Raises:
         StepCacheError: scikit-image is missing.
     """
-    if find_spec("skimage") is None:
-        raise StepCacheError("comparing frames needs scikit-image: pip install 'dit-patch[cache-bench]'")
+    extras.require("comparing frames", {"skimage": "scikit-image"}, "cache-bench", StepCacheError)
 
 
 def lpips_is_at_hand() -> bool:

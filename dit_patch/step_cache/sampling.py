@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from .. import resolve
-from ..errors import StepCacheError
+from ..errors import StepCacheError, suggest
+from ..handle import with_specs
 from ..registry import Registry
+from ..spec import Spec
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sam
     Raises:
         StepCacheError: it does not return frames.
     """
-    models = transformers(pipeline)
-    device = next(next(iter(models.values())).parameters()).device
+    models, device = [model for model, _ in transformers(pipeline).values()], device_of(pipeline)
     asked = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt", **call}
     with _timed(models, device) as forwards:
         start = _now(device)
@@ -45,19 +46,19 @@ def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sam
     return Sample(_frames(result), seconds, sum(forwards), len(forwards))
 
 
-def transformers(pipeline: Any) -> dict[str, torch.nn.Module]:
-    """The models of a pipeline that there are specs for."""
-    registry = Registry()
-    found = {name: model for name, model in resolve.models(pipeline).items() if registry.find(type(model)) is not None}
-    if not found:
-        raise StepCacheError(f"no model of this {type(pipeline).__name__} has a spec; see `dit-patch list`")
-    return found
+def transformers(pipeline: Any) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """The models of a pipeline that there are specs for, each with its spec."""
+    return with_specs(resolve.models(pipeline), Registry())
+
+
+def device_of(pipeline: Any) -> torch.device:
+    """Where the pipeline's transformers are."""
+    model, _ = next(iter(transformers(pipeline).values()))
+    return next(model.parameters()).device
 
 
 def check_call(pipeline: Any, call: dict[str, Any]) -> None:
     """Refuse what the pipeline does not take, before anything is generated."""
-    from ..errors import suggest
-
     known = inspect.signature(type(pipeline).__call__).parameters
     for name in call:
         if name not in known:
@@ -80,7 +81,7 @@ def _frames(result: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _timed(models: dict[str, torch.nn.Module], device: torch.device) -> Iterator[list[float]]:
+def _timed(models: Iterable[torch.nn.Module], device: torch.device) -> Iterator[list[float]]:
     seconds: list[float] = []
     started: list[float] = []
 
@@ -91,7 +92,7 @@ def _timed(models: dict[str, torch.nn.Module], device: torch.device) -> Iterator
         seconds.append(_now(device) - started.pop())
 
     hooks = []
-    for model in models.values():
+    for model in models:
         hooks.append(model.register_forward_pre_hook(before, prepend=True))
         hooks.append(model.register_forward_hook(after))
     try:

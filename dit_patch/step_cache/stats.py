@@ -46,14 +46,19 @@ def why_nothing(config: StepCache, steps: int, diffs: Mapping[int, float]) -> st
         return "nothing cached: the threshold is 0"
     if steps <= config.warmup:
         return f"nothing cached: {steps} steps, all within the warm-up of {config.warmup}; a smaller warmup= would"
-    measured = sorted(diff for diff in diffs.values() if diff > 0)
-    if not measured:
+    found = measured(diffs)
+    if not found:
         return "nothing cached: the mask has all steps computed"
     return (
-        f"nothing cached: the smallest difference was {measured[0]:.3g}, not below the threshold of "
-        f"{config.threshold:g}; {_above(measured[0])} would have cached a step, {_above(median(measured))} about "
+        f"nothing cached: the smallest difference was {found[0]:.3g}, not below the threshold of "
+        f"{config.threshold:g}; {_above(found[0])} would have cached a step, {_above(median(found))} about "
         "every second"
     )
+
+
+def measured(diffs: Mapping[int, float]) -> list[float]:
+    """The differences in order, without what cache-dit notes where it has measured none (0, -1 and -2)."""
+    return sorted(diff for diff in diffs.values() if diff > 0)
 
 
 def _above(difference: float) -> str:
@@ -68,7 +73,7 @@ def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
             lines.append(f"  {row.model}  {row.blocks}  nothing has run yet")
             lines += [f"    {note}" for note in row.notes]
             continue
-        diffs = sorted(diff for diff in row.diffs.values() if diff > 0)
+        diffs = measured(row.diffs)
         spread = f"  differences {diffs[0]:.3g} to {diffs[-1]:.3g}, median {median(diffs):.3g}" if diffs else ""
         steps = f": {ranges(row.cached)}" if row.cached else ""
         lines.append(

@@ -1,0 +1,17 @@
+"""Packages that only a part of dit_patch needs: looked for before that part begins, and named with what brings them."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from .errors import DitPatchError
+
+
+def require(what: str, needed: Mapping[str, str], extra: str, error: type[DitPatchError] = DitPatchError) -> None:
+    """Refuse where one of the modules in `needed`, each with the package that brings it, cannot be imported.
+
+    Raises:
+        DitPatchError: or `error`; it names the packages and the extra that has them.
+    """
+    missing = [package for module, package in needed.items() if find_spec(module) is None]
+    if missing:
+        raise error(f"{what} needs {', '.join(missing)}: pip install 'dit-patch[{extra}]'")
