@@ -121,6 +121,28 @@ def test_u_exceptions_and_cancellation(wan, fresh, error, where):
         assert torch.equal(stepping.latents(wan, prompt="a red balloon"), fresh(prompt="a red balloon"))
 
 
+def test_u_an_interrupted_first_step_of_a_bare_model():
+    """The next generation begins with the very same latents and timestep, as another pass of that step would."""
+    spec, case, model = bare()
+    calls = stepping.steps(spec, case)
+    ran = []
+
+    def fail(*_):
+        ran.append(1)
+        if len(ran) == 3:  # in the second pass: the first forward ran twice, to prove parity
+            raise Cancelled
+
+    with dit_patch.apply(model, step_cache=stepping.ALWAYS) as handle:
+        hook = model.blocks[1].register_forward_hook(fail)
+        with pytest.raises(Cancelled):
+            verify.run(model, calls)
+        hook.remove()
+        made = verify.run(model, calls)
+        assert {row.label for row in handle.step_stats()} == {"pass 1", "pass 2"}
+        assert all(row.steps == 7 for row in handle.step_stats())
+        assert verify.first_difference(verify.run(model, calls), made) is None
+
+
 def test_a_scheduler_swapped_in_later(wan, fresh):
     other = stepping.euler(stepping.wan())
     pipeline = stepping.wan()
@@ -136,8 +158,12 @@ def test_x_schedulers_of_second_order():
     for each in (pipeline, other):
         each.scheduler = FlowMatchHeunDiscreteScheduler()
     with dit_patch.apply(pipeline, step_cache=stepping.EAGER) as handle:
+        told, loops = [], handle.steppings[0]._loops
+        begins = loops._begins
+        loops._begins = lambda steps: (told.append(steps), begins(steps))
         for steps in (6, 8, 6):
             made = stepping.latents(pipeline, steps)
+            assert told[-1] == 2 * steps - 1
             assert all(row.steps == 2 * steps - 1 for row in handle.step_stats())
             assert torch.equal(made, stepping.once(other, stepping.EAGER, steps=steps))
 
@@ -302,6 +328,33 @@ def test_m_two_threads_in_one_forward():
             go.set()
             thread.join()
         assert type(model.blocks) is torch.nn.ModuleList and not errors
+
+
+def test_m_another_thread_that_begins_while_a_forward_runs():
+    spec, case, model = bare()
+    calls = stepping.steps(spec, case)
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        go.wait(30)
+
+    with dit_patch.apply(model, step_cache=stepping.EAGER) as handle:
+        hook = model.blocks[0].register_forward_hook(wait)
+        thread = threading.Thread(target=lambda: verify.run(model, calls[:1]))
+        thread.start()
+        assert inside.wait(30)
+        handle.begin_generation()
+        go_on = threading.Timer(2, go.set)  # or a second forward would wait in the same hook
+        go_on.start()
+        try:
+            with pytest.raises(StepCacheError, match="another thread"):
+                verify.run(model, calls[:1])
+        finally:
+            hook.remove()
+            go.set()
+            thread.join()
+        assert type(model.blocks) is torch.nn.ModuleList
 
 
 def test_m_two_threads_that_take_turns_within_a_generation():

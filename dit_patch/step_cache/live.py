@@ -115,9 +115,9 @@ class Stepping:
         if not self._running:
             return
         self._running, self._expected = False, None
-        rows = self.stats()
+        rows = [row for row in self.stats() if row.steps]
         asked_for = self.config.threshold and self.config.max_cached != 0
-        if asked_for and self._uncached is None and not any(row.cached for row in rows):
+        if rows and asked_for and self._uncached is None and not any(row.cached for row in rows):
             nearest = min(rows, key=lambda row: min(measured(row.diffs), default=inf))
             self._warn(nearest.notes[0])
         if self.config.release:
