@@ -69,6 +69,7 @@ def forwards(
         )
         return
     made: dict[tuple, Any] = {}
+    names = case.names(size)
     for step in range(steps):
         for number, _ in enumerate(passes):
             arguments = {}
@@ -76,7 +77,7 @@ def forwards(
                 when = {"generation": (), "pass": (number,), "step": (step,), "call": (step, number)}[recipe.new]
                 if (name, when) not in made:
                     seed = seed_of(name, generation, recipe.new, when)
-                    value = make(recipe, size, dtype=dtype, seed=seed, step=step, number=number)
+                    value = make(recipe, names, dtype=dtype, seed=seed, step=step, number=number)
                     made[name, when] = map_tensors(lambda tensor: tensor.to(device), value)
                 arguments[name] = made[name, when]
             yield arguments

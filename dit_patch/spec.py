@@ -247,7 +247,8 @@ class Input(_Declared):
     )
 
     shape: tuple[Size, ...] | None = Field(
-        default=None, description="A tensor of this shape: sizes, or names that `sizes` binds."
+        default=None,
+        description="A tensor of this shape: sizes, or names that `sizes` binds or that are whole numbers in `config`.",
     )
     items: tuple["Input", ...] = Field(default=(), min_length=1, description="A list of these.")
     value: Any = Field(default=None, description="This very value, for an argument that is no tensor.")
@@ -306,6 +307,10 @@ class Case(_Declared):
         description="Instead of `inputs`, where forwards depend on each other (through a KV cache): a function that "
         "makes the arguments of each forward of a generation, `package.module:name`.",
     )
+
+    def names(self, size: Mapping[str, int]) -> dict[str, int]:
+        """What names in shapes stand for in one of the sizes."""
+        return {**_numbers(self.config), **size}
 
     def _broken_rules(self) -> Iterator[Complaint]:
         if self.rollout and self.inputs:
@@ -447,24 +452,29 @@ def _merged(base: Case, over: Case) -> Case:
     return Case(**parts).model_copy(deep=True)
 
 
+def _numbers(config: Mapping[str, Any]) -> dict[str, int]:
+    """The whole numbers above 0 of a configuration, which shapes may use by name."""
+    return {name: value for name, value in config.items() if type(value) is int and value > 0}
+
+
 def _unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
     """Where `own` does not fit together with `base`: a name in a shape that a size does not bind, or an idle null."""
     for name, given in own.inputs.items():
         if given is None and name not in base.inputs:
             yield (*loc, "inputs", name), f"leaves out an input that `mini` does not have{suggest(name, base.inputs)}"
-    sizes = own.sizes or base.sizes
+    sizes, numbers = own.sizes or base.sizes, _numbers({**base.config, **own.config})
     for name, given in {**base.inputs, **own.inputs}.items():
         if given is None or not (name in own.inputs or own.sizes):
             continue
         for at, symbol in given.symbols():
             number = next((number for number, size in enumerate(sizes) if symbol not in size), None)
-            if isinstance(symbol, int) or number is None:
+            if isinstance(symbol, int) or number is None or symbol in numbers:
                 continue
             here = ("inputs", name, *at) if name in own.inputs else ("sizes", number)
-            hint = suggest(symbol, sizes[number])
+            hint = suggest(symbol, (*sizes[number], *numbers))
             yield (
                 (*loc, *here),
-                f"the shape of {quote(name)} uses {quote(symbol)}, which sizes.{number} does not bind{hint}",
+                f"the shape of {quote(name)} uses {quote(symbol)}, which sizes.{number} does not bind, nor `config`{hint}",
             )
 
 

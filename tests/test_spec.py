@@ -294,6 +294,14 @@ class TestComplaints:
     def test_a_broken_spec_is_told_what_to_write(self, text, words):
         assert words in complaint(text)
 
+    def test_a_shape_may_use_whole_numbers_of_the_config_by_name(self):
+        inputs = {"x": {"shape": ["channels", "f"]}}
+        mini = loads(with_mini(config={"channels": 3}, sizes=[{"f": 2}], inputs=inputs)).mini
+        assert mini.case().names({"f": 2}) == {"channels": 3, "f": 2}
+        words = "uses `channels`, which sizes.0 does not bind, nor `config`"
+        for value in (None, 0, 1.5, True, "3"):
+            assert words in complaint(with_mini(config={"channels": value}, sizes=[{"f": 2}], inputs=inputs))
+
     def test_two_sites_cannot_have_one_address(self):
         text = HEAD + "sites:\n  - {at: a.f, kind: rope}\n  - {at: b.f, kind: rope}\n  - {at: a.f, kind: mask}\n"
         assert complaint(text) == "my.yaml:5:10: sites.2.at: `a.f` is listed twice, first as sites.0"
