@@ -5,7 +5,7 @@ print(handle)
 handle.remove()
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import (
@@ -18,13 +18,11 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .flags import add_arguments, from_args
     from .handle import Handle, apply
     from .step_cache import StepCache
 
-try:
-    __version__ = metadata.version("dit-patch")
-except metadata.PackageNotFoundError:  # a plain checkout
-    __version__ = "0.0.0"
+    __version__: str
 
 __all__ = [
     "DitPatchError",
@@ -35,15 +33,34 @@ __all__ = [
     "StepCacheError",
     "UnsupportedModelError",
     "VersionError",
+    "add_arguments",
     "apply",
+    "from_args",
 ]
 
 
-_WHERE = {"apply": ".handle", "Handle": ".handle", "StepCache": ".step_cache"}
+_WHERE = {
+    "Handle": ".handle",
+    "StepCache": ".step_cache",
+    "add_arguments": ".flags",
+    "apply": ".handle",
+    "from_args": ".flags",
+}
 
 
 def __getattr__(name: str):
     # torch is imported with the first use, so that the command line starts without it.
     if name in _WHERE:
         return getattr(import_module(_WHERE[name], __name__), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("dit-patch")
+    except metadata.PackageNotFoundError:  # a plain checkout
+        return "0.0.0"

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from . import resolve, scope, wrapped
 from .cache import Budget
-from .errors import DitPatchError, UnsupportedModelError, VersionError, suggest
+from .errors import DitPatchError, UnsupportedModelError, VersionError, quote, suggest
 from .live import ABSENT, ABSENT_STAGE, live
 from .memo import CHECKS
 from .patch import Patch
@@ -47,6 +47,7 @@ class Options:
     """What `apply` was asked for; asking again for the same returns the same handle."""
 
     only: tuple[str, ...] | None
+    specs: tuple[str, ...] | None
     max_bytes: int
     check: str
     fixes: bool
@@ -73,7 +74,8 @@ def apply(
     Args:
         target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too; or a
             FastVideo `VideoGenerator`, whose models are patched in its worker processes.
-        only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary", "kv_cache"; all by default.
+        only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary", "kv_cache"; or names of
+            specs, such as "diffusers/wan", whose models alone are patched then. All by default.
         max_bytes: what all caches of this handle may hold together, in bytes.
         check: "first" computes the first hit of each new signature again and compares it bit for bit, "always" every
             hit, "never" none.
@@ -106,8 +108,9 @@ def apply(
             step_cache=StepCache.of(step_cache),
         )
     specs = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
-    options = _options(only, max_bytes, check, fixes, specs, StepCache.of(step_cache))
-    found = with_specs(resolve.models(target), Registry(specs, trust=trust))
+    registry = Registry(specs, trust=trust)
+    options = _options(only, max_bytes, check, fixes, specs, StepCache.of(step_cache), registry)
+    found = with_specs(resolve.models(target), registry, options.specs)
     existing = _existing([model for model, _ in found.values()], options)
     if existing is not None:
         existing.repair(target)
@@ -395,34 +398,42 @@ class Handle:
         return asleep
 
 
-def _options(only, max_bytes, check, fixes, specs, step_cache) -> Options:
-    kinds = None if only is None else (only,) if isinstance(only, str) else tuple(only)
-    for kind in kinds or ():
-        if kind not in KINDS:
-            raise DitPatchError(f"only: no kind `{kind}`{suggest(kind, KINDS)}\n    Kinds: {', '.join(KINDS)}.")
-    if kinds == () and step_cache is None:
+def _options(only, max_bytes, check, fixes, directories, step_cache, registry) -> Options:
+    words = None if only is None else (only,) if isinstance(only, str) else tuple(only)
+    kinds = tuple(word for word in words or () if word in KINDS)
+    names = tuple(word for word in words or () if word not in KINDS)
+    for name in names:
+        if name not in registry.names():
+            raise DitPatchError(
+                f"only: {quote(name)} is no kind and no spec{suggest(name, (*KINDS, *registry.names()))}\n"
+                f"    Kinds: {', '.join(KINDS)}.\n    Specs: {', '.join(registry.names()) or 'none'}."
+            )
+    if words == () and step_cache is None:
         raise DitPatchError("only: an empty selection patches nothing; leave it out to patch every kind")
     if check not in CHECKS:
         raise DitPatchError(f"check: `{check}` is none of {', '.join(CHECKS)}{suggest(str(check), CHECKS)}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
         raise DitPatchError(f"max_bytes: `{max_bytes}` is not a positive number of bytes")
-    kinds = kinds and tuple(kind for kind in KINDS if kind in kinds)
-    return Options(kinds, max_bytes, check, bool(fixes), tuple(str(each) for each in specs), step_cache)
+    chosen = tuple(kind for kind in KINDS if kind in kinds) if kinds or words == () else None
+    named = tuple(sorted(set(names))) or None
+    return Options(chosen, named, max_bytes, check, bool(fixes), tuple(str(each) for each in directories), step_cache)
 
 
-def with_specs(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
-    """Those of the models that there is a spec for, each with it.
+def with_specs(
+    models: dict[str, torch.nn.Module], registry: Registry, names: Iterable[str] | None = None
+) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """Those of the models that there is a spec for, each with it; where `names` are given, only of these specs.
 
     Raises:
         UnsupportedModelError: there is none for any of them.
     """
-    found = {}
-    for name, model in models.items():
-        spec = registry.find(type(model))
-        if spec is not None:
-            found[name] = model, spec
+    known = {name: (model, spec) for name, model in models.items() if (spec := registry.find(type(model))) is not None}
+    found = {name: each for name, each in known.items() if names is None or each[1].name in names}
     if found:
         return found
+    if known:
+        others = ", ".join(f"{name} ({spec.name})" for name, (_, spec) in known.items())
+        raise UnsupportedModelError(f"only: no model is for {' or '.join(map(quote, names))}; there are: {others}")
     what = [f"{type(model).__name__} ({type(model).__module__})" for model in models.values()]
     raise UnsupportedModelError(
         f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"

@@ -474,7 +474,8 @@ def _unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
             hint = suggest(symbol, (*sizes[number], *numbers))
             yield (
                 (*loc, *here),
-                f"the shape of {quote(name)} uses {quote(symbol)}, which sizes.{number} does not bind, nor `config`{hint}",
+                f"the shape of {quote(name)} uses {quote(symbol)}, which sizes.{number} does not bind, nor `config`"
+                f"{hint}",
             )
 
 

@@ -447,7 +447,7 @@ def test_a_real_generator_with_a_step_cache(video, options):
 
 
 def test_a_real_worker_outlives_what_it_refuses(video, options, tmp_path):
-    with pytest.raises(DitPatchError, match=r"ranks? 0.*: only: no kind `rop`; did you mean `rope`"):
+    with pytest.raises(DitPatchError, match=r"ranks? 0.*: only: `rop` is no kind and no spec; did you mean `rope`"):
         remote.apply(video, **options, only="rop")
     with pytest.raises(DitPatchError, match="does not exist"):
         remote.apply(video, specs=[tmp_path / "nowhere"])
