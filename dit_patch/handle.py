@@ -117,7 +117,12 @@ def apply(
         existing._watch(target, _PIPELINE_EDITS)
         return existing
     for _, spec in found.values():
-        _check_versions(spec, strict)
+        check_versions(spec, strict)
+    return patch(target, found, options)
+
+
+def patch(target: Any, found: Mapping[str, tuple[torch.nn.Module, Spec]], options: Options) -> Handle:
+    """Patch models of `target`, each by the spec that comes with it: all that `apply` does once it knows what to do."""
     with ExitStack() as undo:
         handle = Handle(options)
         undo.callback(handle._take_back)
@@ -136,7 +141,7 @@ def apply(
             warnings.warn(
                 f"dit_patch: {name} ({type(model).__name__}) is compiled as a whole, and compiled code is left alone: "
                 "nothing in it is cached. Compile its blocks instead: model.compile_repeated_blocks().",
-                stacklevel=2,
+                stacklevel=3,
             )
     return handle
 
@@ -278,6 +283,7 @@ class Handle:
         self._members: list[Member] = []
         self._watchers: list[wrapped.Wrapped] = []
         self.token: str | None = None  # by which a process that asked for it from afar knows it again
+        self.automatic = False  # made by `dit-patch run`, and gives way where the program asks for something else
 
     def remove(self) -> None:
         """Take every patch back, in whatever order other libraries have come and gone; harmless when repeated."""
@@ -442,8 +448,11 @@ def with_specs(
 
 
 def _existing(models: list[torch.nn.Module], options: Options) -> Handle | None:
-    scopes = [scope_of(model) for model in models]
-    handles = [None if scope is None else scope.finished.__self__.handle for scope in scopes]
+    handles = [handle_of(model) for model in models]
+    for handle in filter(None, handles):
+        if handle.automatic and (handle.options != options or handle is not handles[0]):
+            handle.remove()
+    handles = [handle_of(model) for model in models]
     if not any(handles):
         return None
     if any(handle is not handles[0] for handle in handles):
@@ -459,7 +468,14 @@ def _existing(models: list[torch.nn.Module], options: Options) -> Handle | None:
     return handles[0]
 
 
-def _check_versions(spec: Spec, strict: bool) -> None:
+def handle_of(model: torch.nn.Module) -> Handle | None:
+    """The handle that patched `model`, read from the model's own hooks."""
+    scope = scope_of(model)
+    return None if scope is None else scope.finished.__self__.handle
+
+
+def check_versions(spec: Spec, strict: bool) -> None:
+    """Raise VersionError where an installed package is not one that the spec's `requires` allows; or only warn."""
     for line in spec.requires:
         requirement = Requirement(line)
         try:

@@ -71,6 +71,15 @@ class Registry:
             raise SpecError(f"no spec {quote(name)}{suggest(name, self._files) or '.'} Known: {known}")
         return self._load(name, ())
 
+    def read(self, path: str | Path) -> Spec:
+        """The spec in a file, which need not be in a directory of specs; what it extends may be any that are known."""
+        path = Path(path)
+        own = next((name for name, file in self._files.items() if file.path.resolve() == path.resolve()), None)
+        if own is not None:
+            return self._load(own, ())
+        spec = load(path, trusted=self._trust)
+        return spec if spec.extends is None else extend(self._base(spec, (spec.name,)), spec)
+
     def classes(self) -> dict[str, Spec]:
         """Each class that has a spec, by its dotted name."""
         return dict(self._classes)

@@ -1,0 +1,154 @@
+"""A tiny configuration for a class of models and inputs for its forward, guessed from signatures and names.
+
+Only a beginning: whether it is right is seen by building and calling the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+HEAD_DIM = 16
+TEXT_TOKENS = 6
+SIZES = ({"f": 3, "h": 8, "w": 8}, {"f": 2, "h": 8, "w": 12}, {"f": 1, "h": 4, "w": 8})
+_TEXT = ("text_dim", "caption_channels", "text_embed_dim", "joint_attention_dim", "in_text_dim", "cap_feat_dim",
+         "cross_attention_dim", "encoder_hidden_states_dim")  # fmt: skip
+_WIDTH = (("num_attention_heads", "n_heads", "num_heads"), ("attention_head_dim", "head_dim"))
+_UNPACKED = re.compile(r"^\s*([\w, ]+?)\s*=\s*(?:hidden_states|x|latents)\.(?:shape|size\(\))\s*$", re.MULTILINE)
+_SMALL = (
+    # A pattern of the parameter's name, its defaults above which it is made small, and how small.
+    (r"(num|n)_.*(layers|blocks)$|^(num|n)_layers$|depth$", 0, 2),
+    (r"(num|n)_.*heads$|^num_heads$", 0, 2),
+    (r"head_dim$", 0, HEAD_DIM),
+    (r"(in|out)_channels$|_visual_dim$", 16, 4),
+    (r"max_.*len|max_sequence_length", 64, 64),
+    (r"^(text|caption|joint|cross|pooled|cap|in_text)|_embed_dim$|_projection_dim$|image_dim", 32, 16),
+    (r"(ffn|mlp|ff|inner|model|time|hidden).*dim$", 32, 32),
+)
+
+
+def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
+    """The parameters of the constructor that decide how large the model is, made small."""
+    given = {name: each.default for name, each in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    small: dict[str, Any] = {}
+    for name, default in given.items():
+        if isinstance(default, bool) or not isinstance(default, int):
+            continue
+        size = next((size for pattern, above, size in _SMALL if re.search(pattern, name) and default > above), None)
+        if size is not None:
+            small[name] = min(size, default)
+    inner = _inner(given)
+    for name, default in given.items():
+        if inner is not None and default == inner and name not in ("ffn_dim",):
+            small[name] = _inner({**given, **small})
+    heads = [value for name, value in given.items() if re.search(r"head_dim$", name) and isinstance(value, int)]
+    for name, default in given.items():
+        whole = isinstance(default, (list, tuple)) and default and all(type(item) is int for item in default)
+        if whole and sum(default) in heads:  # RoPE's share of a head for each axis
+            small[name] = _shares(len(default))
+    return small
+
+
+def inputs(
+    model: torch.nn.Module, settings: Mapping[str, Any], guesses: Mapping[str, Any] | None = None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Recipes for the arguments of the model's forward, and the names of those that nothing could be guessed for."""
+    own = {**_defaults(type(model)), **settings}
+    text = next((name for name in _TEXT if type(own.get(name)) is int), None)
+    known = {
+        "timestep": {"shape": [1], "fill": "timestep", "new": "step"},
+        "encoder_hidden_states": {"shape": [1, TEXT_TOKENS, _named(text, settings, own)], "new": "pass"},
+        "encoder_attention_mask": {"shape": [1, TEXT_TOKENS], "fill": "mask", "new": "pass"},
+        "encoder_hidden_states_mask": {"shape": [1, TEXT_TOKENS], "fill": "mask", "new": "pass"},
+        "pooled_projections": {"shape": [1, _named("pooled_projection_dim", settings, own)], "new": "pass"},
+        "encoder_hidden_states_image": {"shape": [1, 257, _named("image_dim", settings, own)]},
+        "guidance": {"shape": [1], "fill": 3.5},
+        "txt_ids": {"shape": [TEXT_TOKENS, 3], "fill": "zeros"},
+        "img_ids": {"shape": ["tokens", 3]},
+    }
+    found, unknown = {}, []
+    parameters = list(inspect.signature(inspect.unwrap(type(model).forward)).parameters.values())[1:]
+    for place, each in enumerate(parameters):
+        if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+            continue
+        wanted = each.default is each.empty
+        if place == 0:
+            found[each.name] = {"shape": _latents(model, settings, own), "new": "step"}
+        elif each.name in known and (wanted or _is_on(each.name, own)):
+            found[each.name] = known[each.name]
+        elif wanted:
+            unknown.append(each.name)
+    return found, unknown
+
+
+def sizes(recipes: Mapping[str, Mapping[str, Any]], patch: int) -> list[dict[str, int]]:
+    """Three sizes for the names in the recipes' shapes; `patch` is the number of latents in a token."""
+    used = {name for recipe in recipes.values() for name in recipe.get("shape", ()) if isinstance(name, str)}
+    every = [{**size, "tokens": max(1, size["f"] * size["h"] * size["w"] // patch)} for size in SIZES]
+    return [{name: value for name, value in size.items() if name in used} for size in every]
+
+
+def _latents(model: torch.nn.Module, settings: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
+    """The shape of the latents, by how the forward takes it apart, or else by the first layer that they can go into."""
+    name = "in_channels" if "in_channels" in own else "in_visual_dim"
+    channels = own.get(name)
+    taken_apart = _UNPACKED.search(inspect.getsource(inspect.unwrap(type(model).forward)))
+    axes = [_axis(each.strip()) for each in taken_apart[1].split(",") if each.strip()] if taken_apart else []
+    if len(axes) > 2 and all(axes):
+        return [_named(name, settings, own) if axis == "c" else 1 if axis == "b" else axis for axis in axes]
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv3d, torch.nn.Conv2d)):
+            axes = ["f", "h", "w"] if isinstance(module, torch.nn.Conv3d) else ["h", "w"]
+            same = module.in_channels == channels
+            return [1, _named(name, settings, own) if same else module.in_channels, *axes]
+        if isinstance(module, torch.nn.Linear) and module.in_features == channels:
+            return [1, "tokens", _named(name, settings, own)]
+    return [1, "tokens", _named(name, settings, own)]
+
+
+def _axis(name: str) -> str | None:
+    """What an axis is by the name of its size in the forward: b(atch), c(hannels), f(rames), h, w; None: unknown."""
+    words = {
+        "b": r"batch|^b$",
+        "c": r"channel|^c$",
+        "f": r"frame|^f$|^t$|^time$",
+        "h": r"height|^h$",
+        "w": r"width|^w$",
+    }
+    return next((axis for axis, pattern in words.items() if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def _inner(own: Mapping[str, Any]) -> int | None:
+    """The width of the model, heads times their size."""
+    sizes = [next((own[name] for name in names if type(own.get(name)) is int), None) for names in _WIDTH]
+    return sizes[0] * sizes[1] if all(sizes) else None
+
+
+def _named(name: str | None, settings: Mapping[str, Any], own: Mapping[str, Any]) -> str | int:
+    """A whole number of the configuration by its name, where the mini's states it, else as it is."""
+    value = own.get(name)
+    return name if name in settings else value if type(value) is int and value > 0 else HEAD_DIM
+
+
+def _is_on(name: str, own: Mapping[str, Any]) -> bool:
+    switches = {"guidance": "guidance_embeds", "encoder_hidden_states_image": "image_dim"}
+    return bool(own.get(switches[name])) if name in switches else not name.endswith("mask")
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {name: each.default for name, each in inspect.signature(cls.__init__).parameters.items()}
+
+
+def _shares(axes: int) -> list[int]:
+    """Even numbers, one for each axis, that make up a head."""
+    share = HEAD_DIM // axes // 2 * 2
+    return [HEAD_DIM - share * (axes - 1), *[share] * (axes - 1)]
+
+
+def patch(model: torch.nn.Module) -> int:
+    """How many latents a token is made of, where the model takes tokens; 4 where that is not known."""
+    return 1 if not any(isinstance(each, (torch.nn.Conv2d, torch.nn.Conv3d)) for each in model.modules()) else 4

@@ -1,0 +1,132 @@
+"""The beginning of a spec as YAML text, with what was seen and what is left to do beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from .observe import BlockList, Proposal
+
+
+@dataclass
+class Draft:
+    """What there is to write down; `problem`: why the mini could not be built or called, where it could not."""
+
+    name: str
+    mini: Mapping[str, Any]
+    blocks: Sequence[BlockList] = ()
+    sites: Sequence[Proposal] = ()
+    unknown: Sequence[str] = ()
+    problem: str | None = None
+    forwards: int = 0
+    own_mini: bool = field(default=False)
+
+
+def text(draft: Draft) -> str:
+    """The whole file."""
+    lines = [
+        "# Begun by `dit-patch new`; try it with `dit-patch check`. Say here what the model is for.",
+        f"model: {draft.name}",
+        *_requires(draft.name),
+        *_blocks(draft),
+        *_sites(draft),
+        "",
+        *_mini(draft),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _requires(name: str) -> list[str]:
+    package = name.partition(".")[0]
+    for distribution in metadata.packages_distributions().get(package, ())[:1]:
+        release = ".".join(metadata.version(distribution).split(".")[:2])
+        return [f"requires: [{distribution}>={release}]  # what it was begun with; older ones are for you to try"]
+    return []
+
+
+def _blocks(draft: Draft) -> list[str]:
+    if not draft.blocks:
+        return (
+            ["# No list of blocks was seen to be called, so nothing can be step-cached."] if not draft.problem else []
+        )
+    lines = ["blocks:"]
+    for each in draft.blocks:
+        if "." in each.at:
+            lines.append(f"  # {each.at}: part of something else, by its path")
+        elif each.patterns:
+            others = "".join(f"; {other} would fit as well" for other in each.patterns[:-1])
+            lines.append(f"  - {{at: {each.at}, pattern: {each.patterns[-1]}}}  # {each.about}{others}")
+        else:
+            lines.append(f"  # {each.at}: {each.about}, which is no pattern of cache-dit's")
+    if all(line.lstrip().startswith("#") for line in lines[1:]):
+        return ["# No list of blocks that cache-dit has a pattern for:", *lines[1:]]
+    lines.append("# From how many steps on something may be skipped; or, where blocks write into KV caches:")
+    return [*lines, "# {supported: false, reason: ...}", "step_cache: {min_steps: 12}"]
+
+
+def _sites(draft: Draft) -> list[str]:
+    if draft.problem:
+        return [
+            "# The mini could not be built or called, so nothing could be seen of what repeats:",
+            *(f"#   {line}" for line in draft.problem.splitlines()[:4]),
+            "# Mend `mini` below, then: dit-patch new " + draft.name + " --mini THIS_FILE",
+            "sites: []",
+        ]
+    if not draft.sites:
+        return ["# No submodule outside the blocks gave the same result twice.", "sites: []"]
+    lines = [
+        f"# In {draft.forwards} forwards (of steps, passes, sizes, prompts) the results of these calls repeat. A key",
+        "# may be finer than needed, never coarser, so read each one's source. What of a tensor does not count (its",
+        "# dtype, its device) may go; what else counts (weights behind an argument: `reads`) must come. Remove what",
+        "# does not pay, and what a pipeline makes anew at each step. A span, `a..b`, is code between two calls.",
+        "sites:",
+    ]
+    for each in draft.sites:
+        lines.append(f"  # {each.about[0].upper()}{each.about[1:]}: {each.hits} of {each.calls} calls repeat.")
+        lines.append(f"  - at: {each.at}")
+        lines.append(f"    kind: {each.kind}")
+        if each.key:
+            lines.append(f"    key: {_flow(each.key)}")
+        if each.source:
+            lines.append("    use: dit_patch.functions.sinusoid:timesteps  # its frequencies are made once")
+            lines.append(f"    source: {each.source}")
+        lines.append("")
+    return lines[:-1]
+
+
+def _mini(draft: Draft) -> list[str]:
+    mini = draft.mini
+    lines = (
+        []
+        if draft.own_mini
+        else ["# Guessed from names: a model that is as small as it can be, and calls as a pipeline makes them."]
+    )
+    lines.append("mini:")
+    for name in ("host", "rollout"):
+        if mini.get(name):
+            lines.append(f"  {name}: {mini[name]}")
+    lines += [f"  config: {_flow(mini['config'])}", "  sizes:", *(f"    - {_flow(size)}" for size in mini["sizes"])]
+    if mini.get("inputs"):
+        lines += ["  inputs:", *(f"    {name}: {_flow(recipe)}" for name, recipe in mini["inputs"].items())]
+    lines += [f"    {name}: {{value: null}}  # to be filled in" for name in draft.unknown]
+    for name, variant in mini.get("variants", {}).items():
+        lines += ["  variants:"] if "  variants:" not in lines else []
+        lines.append(f"    {name}: {_flow(variant)}")
+    if not mini.get("variants"):
+        lines.append(
+            "  # variants:  one for each mode of the model that reaches other code, as the difference from the above"
+        )
+    return lines
+
+
+def _flow(value: Any) -> str:
+    """YAML in one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_flow(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    plain = isinstance(value, str) and value.replace("_", "").replace(".", "").replace(":", "").isalnum()
+    return value if plain and value not in ("true", "false", "null", "yes", "no", "on", "off") else json.dumps(value)
