@@ -79,8 +79,10 @@ def live(
     patches: list[Patch | Span] = []
     for (owner, name), stars in zip(targets, _stars(model, site.at, where)):
         paths = [resolve.filled_in(path, stars) for path in site.reads if ":" not in path]
-        modules = [module for path in paths for module in resolve.submodules(model, path, where)]
-        own = replace(means, modules=modules, leftovers=() if patches else means.leftovers)
+        weights = {path: found for path in paths if (found := _parameter(model, path)) is not None}
+        modules = [each for path in paths if path not in weights for each in resolve.submodules(model, path, where)]
+        first = () if patches else means.leftovers
+        own = replace(means, modules=modules, weights=tuple(weights.values()), leftovers=first)
         patches.append(Patch(site, model, owner, name, own, where=where, budget=budget, check=check, fixes=fixes))
     return patches, note
 
@@ -108,6 +110,16 @@ def _stars(model: torch.nn.Module, at: str, where: str) -> Iterable[tuple[str, .
     if ":" in at:
         return repeat(())
     return [stars for _, stars in resolve.branches(model, at.rpartition(".")[0], where)]
+
+
+def _parameter(model: torch.nn.Module, path: str) -> tuple[dict, str] | None:
+    """The parameter at a path without `*`, as its owner's parameters and its name among them; None if it is none."""
+    place, _, name = path.rpartition(".")
+    try:
+        parameters = model.get_submodule(place)._parameters
+    except AttributeError:
+        return None
+    return (parameters, name) if parameters.get(name) is not None else None
 
 
 def _leftovers(model: torch.nn.Module, paths: Iterable[str], where: str) -> list[tuple[torch.nn.Module, str]]:

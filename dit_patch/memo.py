@@ -173,7 +173,8 @@ def _private(
 def _detached(tensor: torch.Tensor, shared: set[int]) -> torch.Tensor:
     if tensor.untyped_storage()._cdata not in shared:
         return tensor
-    copy = tensor.clone()
+    with torch.inference_mode(False), torch.no_grad():
+        copy = tensor.clone()
     if copy.stride() != tensor.stride():
         raise Uncacheable("the result is an overlapping view of an argument")
     return copy

@@ -32,8 +32,9 @@ class Means:
     """What the names in a site stand for in one model.
 
     `replacement` is the function of `use`, if the original is the one it was written for, and `then` that of `then`;
-    `modules` and `values` are the submodules and functions of `reads`; `leftovers` the (owner, attribute) of `clears`;
-    `parameters` the names of the model's arguments, `open_ended` whether it takes others by keyword.
+    `modules`, `weights` and `values` are the submodules, parameters and functions of `reads`; `leftovers` the (owner,
+    attribute) of `clears`; `parameters` the names of the model's arguments, `open_ended` whether it takes others by
+    keyword.
     """
 
     parameters: Sequence[str]
@@ -41,6 +42,7 @@ class Means:
     replacement: Callable | None = None
     then: Callable | None = None
     modules: Sequence[torch.nn.Module] = ()
+    weights: Sequence[tuple[dict, str]] = ()
     values: Sequence[Callable[[], Any]] = ()
     leftovers: Sequence[tuple[Any, str]] = ()
 
@@ -81,14 +83,17 @@ class Patch:
         self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device"))
         self._everywhere = isinstance(owner, ModuleType)
         modules = [*([owner] if isinstance(owner, torch.nn.Module) else []), *means.modules]
-        self._state = State(modules, model, subtree=owner is not model) if modules else None
+        self._state = None
+        if modules or means.weights:
+            self._state = State(modules, model, subtree=owner is not model, parameters=means.weights)
         self._values = tuple(means.values)
         self._epoch = 0
         self._unused = site.unused
         self._unread = self._nobody_reads if site.unused or site.unused_with else None
         self._unused_with = tuple(name.removeprefix("model.") for name in site.unused_with)
         contents = any(facet in ("identity", "values") for facets in site.key.values() for facet in facets)
-        self._constant = not contents and not any(True for module in modules for _ in module.parameters())
+        weighted = bool(means.weights) or any(True for module in modules for _ in module.parameters())
+        self._constant = not contents and not weighted
         self._moves = site.device is not None
         self._dtype = getattr(torch, site.dtype) if site.dtype else None
         self._unkeyed = means.replacement is not None and not site.key

@@ -153,7 +153,8 @@ class Site(_Declared):
     reads: tuple[Dependency, ...] = Field(
         default=(),
         description="What else counts: submodules with whose weights the tensor arguments were computed (`*` is what "
-        "it is in `at`), and functions without arguments, `package.module:name`, whose value counts.",
+        "it is in `at`), single parameters of that kind, and functions without arguments, `package.module:name`, whose "
+        "value counts.",
     )
     device: Literal["model"] | None = Field(
         default=None, description="`model`: put the result where the model runs, once."

@@ -6,6 +6,7 @@ nothing about calls or caches: a `State` answers with a number that changes when
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import itemgetter
@@ -22,11 +23,20 @@ class State:
     Parameters and buffers (which object, which storage, which version), LoRA scaling and adapters, and the modules' own
     plain attributes (theta, patch size, `training` ...). What is written through `.data` leaves no version behind and
     is not seen, except by a LoRA adapter: one around a module of `root` counts with it, as it may be merged into it.
+    `parameters` are single ones that count, too: the group that holds each, and its name there.
     """
 
-    def __init__(self, modules: Iterable[torch.nn.Module], root: torch.nn.Module, *, subtree: bool = True) -> None:
+    def __init__(
+        self,
+        modules: Iterable[torch.nn.Module],
+        root: torch.nn.Module,
+        *,
+        subtree: bool = True,
+        parameters: Iterable[tuple[dict, str]] = (),
+    ) -> None:
         self.modules = tuple(modules)
         self.subtree = subtree
+        self.parameters = tuple(parameters)
         self._places = [_place(root, module) for module in self.modules]
         self._attributes = [(vars(module), _plain_names(module)) for module in self.modules]
         self._lock = threading.Lock()
@@ -36,7 +46,8 @@ class State:
         """A number that changes with the state.
 
         Raises:
-            Uncacheable: where weights are on the meta device, recorded by autograd, in training, or hooked inside.
+            Uncacheable: where weights are on the meta device, recorded by autograd, in training, sharded, or hooked
+            inside.
         """
         known = self._known
         if known.refusal is not None or not _holds(known):
@@ -54,6 +65,7 @@ class State:
         for module in self.modules:
             for each in module.modules() if self.subtree else (module,):
                 found += [*each._parameters.values(), *each._buffers.values()]
+        found += [group.get(name) for group, name in self.parameters]
         return [tensor for tensor in found if tensor is not None]
 
     def forget(self) -> None:
@@ -70,12 +82,17 @@ class State:
             below = [own for own in owns if not any(own is each for each in outside)]
             groups = [own[kind] for own in owns for kind in ("_parameters", "_buffers")]
             tensors = [(group, name, tensor) for group in groups for name, tensor in group.items()]
+            tensors += [(group, name, group.get(name)) for group, name in self.parameters]
             tensors = [named for named in tensors if named[-1] is not None]
             weighted = any(isinstance(tensor, torch.nn.Parameter) for _, _, tensor in tensors)
             hooks = [own[kind] for own in below for kind in ("_forward_hooks", "_forward_pre_hooks") if weighted]
             refusal = self._refusal([tensor for _, _, tensor in tensors], weighted)
+            if weighted and refusal is None and _sharded([group for group, _, _ in tensors]):
+                refusal = "its weights are sharded by FSDP2, where changes in a shard leave no version behind"
             if any(hooks):
                 refusal = "a hook is registered on a submodule, and a hit would skip it"
+            # A step cache exchanges the model's own block lists at each forward.
+            families = [own["_modules"] for own in owns] if self.subtree else []
             pins = Pins()
             records = []
             for group, name, tensor in tensors if refusal is None else ():
@@ -87,9 +104,9 @@ class State:
                 weighted=weighted,
                 attributes=[_attributes(values, names) for values, names in self._attributes],
                 tensors=records,
-                sizes=[(group, len(group)) for group in (*groups, *(own["_modules"] for own in owns)) if group],
-                empty=[group for group in (*groups, *(own["_modules"] for own in owns)) if not group],
-                children=[(own["_modules"], tuple(own["_modules"].values())) for own in owns if own["_modules"]],
+                sizes=[(group, len(group)) for group in (*groups, *families) if group],
+                empty=[group for group in (*groups, *families) if not group],
+                children=[(family, tuple(family.values())) for family in families if family],
                 hooks=hooks,
                 adapters=[(own, _adapters(own)) for own in owns if "merged_adapters" in own or "lora_strength" in own],
                 places=[(*place, place[0].get(place[1])) for place in self._places if place is not None],
@@ -160,6 +177,21 @@ def _holds(known: _Known) -> bool:
         if _adapters(layer) != adapters:
             return False
     return not any(known.hooks) and numerics() == known.numerics
+
+
+def _sharded(groups: Sequence[dict]) -> bool:
+    """Whether one of these is filled by `fully_shard` anew at each forward: the same tensors, and the same versions."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    asked = {id(group) for group in groups}
+    return any(
+        id(each._parameters) in asked
+        for module in reversed(list(_module_state_mapping))  # the root, which has most, comes last
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+        for each in module.modules()
+    )
 
 
 def _place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:

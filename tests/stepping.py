@@ -16,6 +16,7 @@ EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
 """Caches a good part of what an untrained model does."""
 ALWAYS = EAGER | {"threshold": 1.0}
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 6}
+LAYERS = ("num_layers", "num_single_layers", "num_visual_blocks")
 SMALL_HUNYUAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
@@ -71,7 +72,7 @@ def deep(spec, blocks: int = 4, variant: str | None = None):
     """The spec's mini with that many blocks in each list."""
     case = spec.mini.case(variant)
     config = dict(case.config)
-    config |= {name: blocks for name in ("num_layers", "num_single_layers") if config.get(name)}
+    config |= {name: blocks for name in LAYERS if config.get(name)}
     if "vace_layers" in config:
         config["vace_layers"] = [0, blocks - 2]
     return case.model_copy(update={"config": config})
@@ -88,6 +89,11 @@ def cached(handle) -> dict[str, tuple[int, ...]]:
 
 def cache_dit_alone(model, spec, *, fn: int, bn: int, threshold: float, warmup: int, calibrator=None, cfg: bool = True):
     """cache-dit's own switch on a model."""
+    if type(model).__name__ == "ChromaTransformer2DModel":
+        # Its forward cuts up the modulations by the number of blocks.
+        from cache_dit.caching.patch_functors.functor_chroma import ChromaPatchFunctor
+
+        ChromaPatchFunctor()._apply(model)
     decisions = [
         guards.cache_dit().DBCacheConfig(
             Fn_compute_blocks=fn, Bn_compute_blocks=bn, residual_diff_threshold=threshold, max_warmup_steps=warmup
@@ -97,6 +103,66 @@ def cache_dit_alone(model, spec, *, fn: int, bn: int, threshold: float, warmup: 
     enable_cache_dit(model, spec, decisions, calibrator, cfg=cfg)
     contexts = [model._context_manager.get_context(name) for name in model._context_names]
     return lambda: [each for context in contexts for each in (context.cached_steps, context.cfg_cached_steps)]
+
+
+def hints_inside(model):
+    """cache-dit's copy of VACE's forward, which takes the hints into the blocks."""
+    from cache_dit.caching.patch_functors.functor_wan_vace import WanVACEPatchFunctor
+
+    WanVACEPatchFunctor()._apply(model)
+
+
+class _FacesInside(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, adapter: torch.nn.Module, faces: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.block, self.adapter, self.faces = block, adapter, faces
+
+    def forward(self, hidden_states, *args):
+        hidden_states = self.block(hidden_states, *args)
+        return self.adapter(hidden_states, self.faces[-1]) + hidden_states
+
+
+def faces_inside(model):
+    """WanAnimate's face adapters in the blocks that they come after, but for the last."""
+    faces: list[torch.Tensor] = []
+
+    def encoded(module, args, output):
+        faces[:] = [torch.cat([torch.zeros_like(output[:, :1]), output], dim=1)]
+
+    model.face_encoder.register_forward_hook(encoded)
+    *pairs, (last, adapter) = zip(model.blocks, model.face_adapter)
+    model.blocks = torch.nn.ModuleList([*(_FacesInside(*pair, faces) for pair in pairs), last])
+    model.face_adapter = torch.nn.ModuleList([adapter])
+
+
+class _AudioHandedOn(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, before: _AudioHandedOn | None) -> None:
+        super().__init__()
+        self.block, self.audio = block, []
+        self.given = before.audio if before else None
+
+    def forward(self, hidden_states, audio_hidden_states, **kwargs):
+        audio = audio_hidden_states if self.given is None else self.given[-1]
+        hidden_states, audio = self.block(hidden_states, audio, **kwargs)
+        self.audio[:] = [audio]
+        return hidden_states, audio
+
+
+def audio_handed_on(model):
+    """LTX-2's blocks, each with the audio of the one before: cache-dit gives all of them what the first one got."""
+    blocks: list[_AudioHandedOn] = []
+    for block in model.transformer_blocks:
+        blocks.append(_AudioHandedOn(block, blocks[-1] if blocks else None))
+    model.transformer_blocks = torch.nn.ModuleList(blocks)
+
+
+FOR_CACHE_DIT = {
+    "diffusers/wan_vace": hints_inside,
+    "diffusers/wan_animate": faces_inside,
+    "diffusers/ltx2": audio_handed_on,
+}
+"""What cache-dit needs of a model whose loop does more than hand hidden states from block to block; not for the blocks
+after the middle, which cache-dit calls in its own way."""
 
 
 def euler(pipeline):

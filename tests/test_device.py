@@ -75,8 +75,9 @@ def assert_hits(handle, before: Counter[str], but: set[str] = frozenset()) -> Co
 
 @pytest.mark.parametrize("name, variant", CASES)
 def test_patched_equals_unpatched_on_the_accelerator(accelerator, tiny, name, variant):
-    # Float32 is in the next test. Matrix-Game 2 needs autocast besides, which this device does not have.
-    each = tiny(name, variant, dtype=torch.float32 if name == "fastvideo/matrixgame2" else torch.bfloat16)
+    # Float32 is in the next test. Two need autocast besides, which this device does not have.
+    autocast = name in ("fastvideo/matrixgame2", "diffusers/kandinsky5")
+    each = tiny(name, variant, dtype=torch.float32 if autocast else torch.bfloat16)
     for model in each.both:
         to_accelerator(model)
     handle = each.apply()

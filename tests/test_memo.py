@@ -321,6 +321,16 @@ def test_a_result_that_shares_memory_with_an_argument_is_stored_as_a_copy(view):
     assert site.off is None
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_that_copy_can_be_used_under_inference_mode_and_in_training(mode):
+    site, argument = memo(), torch.nn.Parameter(torch.ones(2, 2))
+    call = Call(lambda: argument, sources=[argument])
+    with mode():
+        ask(site, call)
+    kept = ask(site, call)
+    assert not kept.is_inference() and not kept.requires_grad and counts(site) == (1, 1, {})
+
+
 def test_an_overlapping_view_of_an_argument_is_not_stored():
     site, argument = memo(), torch.ones(2, 1)
     call = Call(lambda: argument.expand(2, 5), sources=[argument])

@@ -17,6 +17,8 @@ from dit_patch.registry import Registry
 SPECS = {spec.name: spec for spec in Registry(plugins=False)}
 CASES = [(name, variant) for name, spec in SPECS.items() for variant in (None, *spec.mini.variants)]
 STEPS = 4
+# FastVideo's stages keep some of what they pass on in float32, Kandinsky some weights; autocast sees to the rest.
+AUTOCAST = ("fastvideo/", "diffusers/kandinsky5")
 
 # Asked for by training alone, or once in a model's life: see test_fastvideo.py.
 ELSEWHERE = {
@@ -53,7 +55,8 @@ def expect_hits(handle, case, forwards):
         elif site.unused or (site.unused_with and case.rollout):
             assert row.misses == 1, row
         elif row.kind == "rope":
-            assert row.misses == tables(row, case, calls), row
+            fewest = tables(row, case, calls)
+            assert fewest <= row.misses <= fewest * (1 if ":" in row.at else per_forward), row
         elif case.config.get("r_embedder") and row.at == "condition_embedder.time_modulation.forward":
             assert row.hits == 0, row  # gets the sum of two embeddings, a new tensor each time
         elif row.kind == "timestep":
@@ -86,8 +89,7 @@ def test_patched_and_unpatched_are_equal_over_sizes_prompts_and_steps_and_sites_
     model, case = build(name, variant, dtype)
     assert len(case.sizes) >= 3
     forwards = [each for number in range(len(case.sizes)) for each in generation(case, number, dtype, number)]
-    # FastVideo's stages keep some of what they pass on in float32, and rely on autocast for the rest.
-    with torch.autocast("cpu", torch.bfloat16, enabled=name.startswith("fastvideo/") and dtype is torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=name.startswith(AUTOCAST) and dtype is torch.bfloat16):
         plain = verify.run(model, forwards)
         with dit_patch.apply(model) as handle:
             assert verify.first_difference(plain, verify.run(model, forwards)) is None
@@ -177,7 +179,7 @@ def test_weights_that_change_between_generations_count_even_with_the_same_inputs
             for each in (model, twin):
                 change(each)
             second = generation(case, dtype=torch.bfloat16) if change is cast else forwards
-            with torch.autocast("cpu", torch.bfloat16, enabled=change is cast and name.startswith("fastvideo/")):
+            with torch.autocast("cpu", torch.bfloat16, enabled=change is cast and name.startswith(AUTOCAST)):
                 after = verify.run(model, second)
                 assert verify.first_difference(verify.run(twin, second), after) is None
             assert verify.first_difference(first, after) is not None
@@ -191,6 +193,7 @@ def test_a_prompt_that_is_replaced_or_rewritten_mid_run_counts(name):
     forwards = generation(case)
     half = len(forwards) // 2
     prompts = [key for key, recipe in case.inputs.items() if recipe.new == "pass"] or ["encoder_hidden_states"]
+    prompt = "encoder_hidden_states" if "encoder_hidden_states" in forwards[0] else prompts[0]
     replaced = forwards[:half] + [
         {**own, **{key: new[key] for key in prompts}} for own, new in zip(forwards[half:], other)
     ]
@@ -201,7 +204,7 @@ def test_a_prompt_that_is_replaced_or_rewritten_mid_run_counts(name):
             return verify.run(model, forwards)  # with the KV caches of the first half
         outputs = verify.run(model, forwards[:half])
         if rewrite:
-            map_tensors(lambda prompt: prompt.mul_(2), forwards[0]["encoder_hidden_states"])
+            map_tensors(lambda tensor: tensor.mul_(2), forwards[0][prompt])
         return outputs + verify.run(model, forwards[half:])
 
     plain = run(replaced, False), [] if case.rollout else run(rewritten, True)

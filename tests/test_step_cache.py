@@ -2,6 +2,7 @@
 skips and bits where something is, and nothing left afterwards."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -49,7 +50,7 @@ def shape_of(model):
 
 def test_every_spec_says_whether_steps_can_be_cached():
     assert all(spec.step_cache is not None for spec in REGISTRY)
-    assert set(REFUSED) == {"fastvideo/causal_wan", "fastvideo/matrixgame2"}
+    assert set(REFUSED) == {"diffusers/z_image", "fastvideo/causal_wan", "fastvideo/matrixgame2"}
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
@@ -95,11 +96,8 @@ def test_same_skips_and_bits_as_cache_dit_alone(name, calibrator):
         "foca": caching.FoCaCalibratorConfig(),
         "dmd": caching.DMDCalibratorConfig(dmd_history=6),
     }[calibrator]
-    if name == "diffusers/wan_vace":
-        # cache-dit's copy of the forward takes the hints into the blocks; before the last block both are the same.
-        from cache_dit.caching.patch_functors.functor_wan_vace import WanVACEPatchFunctor
-
-        WanVACEPatchFunctor()._apply(theirs)
+    if name in stepping.FOR_CACHE_DIT:
+        stepping.FOR_CACHE_DIT[name](theirs)
     knobs = {"fn": 1, "bn": 0, "threshold": 1.0, "warmup": 3}
     read = stepping.cache_dit_alone(theirs, spec, calibrator=config, **knobs)
     with dit_patch.apply(ours, step_cache={**knobs, "calibrator": calibrator, "min_steps": 0}) as handle:
@@ -132,7 +130,7 @@ def test_last_blocks_run_in_skipped_steps(name):
         assert all(row.cached == (2, 3, 4, 5, 6) for row in handle.step_stats())
     # Two computed steps and five skipped ones, twice each, and the proof of parity.
     assert [ran.count(number) for number in range(4)] == [15, 5, 5, 15]
-    if name != "diffusers/wan_vace":  # where cache-dit gives its last blocks the hints of others
+    if name not in stepping.FOR_CACHE_DIT:
         stepping.cache_dit_alone(theirs, spec, **knobs)
         assert verify.first_difference(made, verify.run(theirs, calls)) is None
 
@@ -161,12 +159,12 @@ def test_exact_caches_keep_hitting(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_causal_models_refuse_and_say_why(name):
+def test_models_that_cannot_be_step_cached_refuse_and_say_why(name):
     spec = REGISTRY.get(name)
     skip_unless_installed(spec)
     model = mini.build(spec, spec.mini.case())
     before = shape_of(model)
-    with pytest.raises(StepCacheError, match="keys and values into the KV cache") as caught:
+    with pytest.raises(StepCacheError, match=re.escape(spec.step_cache.reason)) as caught:
         dit_patch.apply(model, step_cache="quality")
     assert type(model).__name__ in str(caught.value) and "Leave out step_cache" in str(caught.value)
     assert shape_of(model) == before

@@ -331,3 +331,33 @@ class TestMemory:
             model.unload_lora()
         gc.collect()
         assert [storage for storage in storages if not storage.expired()] == []
+
+
+@pytest.mark.parametrize("edit", ["in place", "replaced"])
+def test_a_single_parameter_that_the_spec_reads_counts(tiny, edit):
+    refined = "context_refiner.*.forward"
+    model = tiny("diffusers/z_image")
+    calls = model.calls()
+    model.apply()
+    model.agree(calls)
+    assert model.agree(calls)[refined] == 2 * len(calls)
+    with torch.no_grad():
+        for each in model.both:
+            if edit == "in place":
+                each.cap_pad_token.mul_(3)
+            else:
+                each.cap_pad_token = torch.nn.Parameter(each.x_pad_token.clone())
+    assert model.agree(calls[:2])[refined] == 0
+    assert model.agree(calls[:2])[refined] == 4
+
+
+def test_the_attention_backend_counts_where_attention_is_kept(tiny, monkeypatch):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    model = tiny("diffusers/z_image")
+    calls = model.calls()
+    model.apply()
+    model.agree(calls)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName._NATIVE_MATH)
+    assert model.agree(calls[:2])["context_refiner.*.forward"] == 0
+    assert model.agree(calls[:2])["context_refiner.*.forward"] == 4
