@@ -248,6 +248,46 @@ def test_what_has_no_index_is_left_as_it_is(caches):
     assert kv_cache.integer_indices(caches) is caches and repr(caches) == before
 
 
+# Kandinsky 5.
+
+
+@pytest.fixture
+def kandinsky():
+    module = pytest.importorskip("diffusers.models.transformers.transformer_kandinsky")
+    if fingerprint(module.Kandinsky5TimeEmbeddings.forward) not in USES["dit_patch.functions.sinusoid:kandinsky_times"]:
+        pytest.skip("needs diffusers>=0.37")
+    return module.Kandinsky5TimeEmbeddings(32, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kandinsky_times_are_the_original_s_in_every_bit(kandinsky, dtype):
+    with torch.no_grad():
+        assert same(*both(kandinsky, sinusoid.kandinsky_times, torch.tensor(VALUES).to(dtype)))
+
+
+def test_frequencies_are_brought_to_a_device_once_and_again_when_they_change():
+    freqs, meta = torch.arange(4.0), torch.device("meta")
+    assert sinusoid._brought(freqs, freqs.device) is freqs
+    first = sinusoid._brought(freqs, meta)
+    assert first.device == meta and sinusoid._brought(freqs, meta) is first
+    assert sinusoid._brought(freqs.clone(), meta) is not first
+    freqs.mul_(2)
+    again = sinusoid._brought(freqs, meta)
+    assert again is not first and sinusoid._brought(freqs, meta) is again
+    assert len(sinusoid._copies[freqs]) == 1
+    with torch.inference_mode():
+        unversioned = torch.arange(4.0)
+        assert sinusoid._brought(unversioned, meta) is not sinusoid._brought(unversioned, meta)
+
+
+def test_frequencies_are_let_go_with_their_model():
+    freqs = torch.arange(4.0)
+    sinusoid._brought(freqs, torch.device("meta"))
+    before = len(sinusoid._copies)
+    del freqs
+    assert len(sinusoid._copies) == before - 1
+
+
 # Every replacement that a bundled spec names.
 
 USES = {site.use: site.source for spec in Registry(plugins=False) for site in spec.sites if site.use}
@@ -258,6 +298,7 @@ def test_these_are_the_replacements_tested_here():
         "sinusoid:timesteps",
         "sinusoid:skyreels_timesteps",
         "sinusoid:timestep_embedding",
+        "sinusoid:kandinsky_times",
         "matrixgame3:apply_rope",
     }
 

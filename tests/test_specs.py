@@ -56,7 +56,7 @@ def expect_hits(handle, case, forwards):
             assert row.misses == 1, row
         elif row.kind == "rope":
             fewest = tables(row, case, calls)
-            assert fewest <= row.misses <= fewest * (1 if ":" in row.at else per_forward), row
+            assert fewest <= row.misses <= fewest * (1 if ":" in row.at else max(1, per_forward)), row
         elif case.config.get("r_embedder") and row.at == "condition_embedder.time_modulation.forward":
             assert row.hits == 0, row  # gets the sum of two embeddings, a new tensor each time
         elif row.kind == "timestep":

@@ -9,6 +9,7 @@ import functools
 import math
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..keys import capturing, default_device, on_a_real_device
 
@@ -63,8 +64,23 @@ def timestep_embedding(original, instance, args, kwargs) -> torch.Tensor:
     return torch.cat(halves, dim=-1)
 
 
+def kandinsky_times(original, instance, args, kwargs) -> torch.Tensor:
+    """For `Kandinsky5TimeEmbeddings.forward`: (N,) times -> (N, time_dim), through its MLP.
+
+    Its frequencies are a plain tensor on the host; here they are brought to the device once.
+    """
+    time = _of_times(*args, **kwargs)
+    angles = torch.outer(time.to(torch.float32), _brought(instance.freqs, time.device))
+    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return instance.out_layer(instance.activation(instance.in_layer(embedding)))
+
+
 def _of_timesteps(timesteps):
     return timesteps
+
+
+def _of_times(time):
+    return time
 
 
 def _of_embedding(t, dim, max_period=10000, dtype=torch.float32):
@@ -74,6 +90,27 @@ def _of_embedding(t, dim, max_period=10000, dtype=torch.float32):
 def _stream(device: torch.device) -> int | None:
     # A table is only sure to be finished on the stream that it was built on.
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+_copies = WeakTensorKeyDictionary()  # of a tensor on the host: its copies by version, device and stream
+
+
+def _brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on the device; one copy for as long as it is there and nobody writes into it."""
+    if tensor.device == device or tensor.is_inference():
+        return tensor.to(device)
+    key = (tensor._version, device, _stream(device))
+    copies = _copies.setdefault(tensor, {})
+    copy = copies.get(key)
+    if copy is None and capturing():  # as for a table, below
+        copy = next((each for other, each in copies.items() if other[:-1] == key[:-1]), None)
+        return tensor.to(device) if copy is None else copy
+    if copy is None:
+        for stale in [other for other in copies if other[0] != key[0]]:
+            del copies[stale]
+        with torch.inference_mode(False), torch.no_grad():
+            copy = copies[key] = tensor.to(device)
+    return copy
 
 
 def _table(build):
