@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import extras, tiny_pipelines
+from .pictures import contact_sheet, difference, verdict, write_gif, write_mp4
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 PROMPT = "a red balloon drifts over a quiet harbour at dawn"
 NEGATIVE_PROMPT = "blurred details, static, low quality"
 SIZE = (13, 160, 256)
-FRAMES_PER_SECOND = 8
 SHAPES_PROMPT, STEP_CACHE_STEPS = "a green triangle moving up", 30
 NEEDED = {
     "diffusers": "diffusers",
@@ -59,14 +58,6 @@ class Generated:
     video: torch.Tensor
     seconds: float
     steps: list[float]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where two videos part: the first frame that differs, and the largest difference of any value in all frames."""
-
-    frame: int
-    largest: float
 
 
 def run(
@@ -105,37 +96,6 @@ def run(
     return 0 if all(identical for identical, _ in played) else 1
 
 
-def difference(first: torch.Tensor, second: torch.Tensor) -> Difference | None:
-    """Where two videos (frames, channels, height, width) part, or None if they have the same bits."""
-    import torch
-
-    same = (first.contiguous().view(torch.uint8) == second.contiguous().view(torch.uint8)).flatten(1).all(1)
-    if same.all():
-        return None
-    return Difference(frame=int(same.int().argmin()), largest=float((first - second).abs().max()))
-
-
-def contact_sheet(rows: dict[str, torch.Tensor], columns: int = 5) -> Image.Image:
-    """One row per labelled video (frames, 3, height, width; 0 to 1): `columns` frames from the first to the last."""
-    from PIL import Image, ImageDraw
-
-    videos = {label: _bytes(frames) for label, frames in rows.items()}
-    count, height, width, _ = next(iter(videos.values())).shape
-    columns = min(columns, count)
-    chosen = [round(column * (count - 1) / max(columns - 1, 1)) for column in range(columns)]
-    left, top, gap = 64, 20, 4
-    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, frame in enumerate(chosen):
-        draw.text((left + column * (width + gap), gap), f"frame {frame}", fill="black")
-    for row, (label, video) in enumerate(videos.items()):
-        y = top + row * (height + gap)
-        draw.text((gap, y), label, fill="black")
-        for column, frame in enumerate(chosen):
-            sheet.paste(Image.fromarray(video[frame]), (left + column * (width + gap), y))
-    return sheet
-
-
 def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, int], apply) -> tuple[bool, list[Path]]:
     """Generate with and without patches and print what came of it; whether all was identical, and the files written."""
     pipeline = scene.build(seed)
@@ -154,8 +114,8 @@ def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, 
 
     differs, remains = difference(plain.video, patched.video), difference(plain.video, removed.video)
     print(f"\n{report}\n")
-    print(f"identical: {_verdict(differs, frames)}")
-    print(f"removed:   {_verdict(remains, frames, same='identical again')}\n")
+    print(f"identical: {verdict(differs, frames)}")
+    print(f"removed:   {verdict(remains, frames, same='identical again')}\n")
     print(_seconds(plain, patched, removed), flush=True)
 
     picture = out / f"{scene.name}.png"
@@ -195,7 +155,7 @@ def _play_step_cache(out: Path, seed: int, apply) -> tuple[bool, list[Path]]:
         handle.remove()
     differs, like = difference(plain.frames, patched.frames), likeness(plain.frames, cached.frames)
     print(f"\n{report[1]}{report[2]}\n")
-    print(f"identical with the exact caches: {_verdict(differs, len(plain.frames))}")
+    print(f"identical with the exact caches: {verdict(differs, len(plain.frames))}")
     print(
         f"with the step cache: {plain.seconds / cached.seconds:.2f}x as fast in this one run, "
         f"SSIM {like.mean_ssim:.3f} (worst frame {min(like.ssim):.3f}), PSNR {like.mean_psnr:.1f} dB\n"
@@ -235,12 +195,6 @@ def _generate(scene: Scene, label: str, pipeline, steps: int, seed: int, size: t
     return Generated(video, seconds, [end - start for start, end in pairwise(moments)])
 
 
-def _verdict(differs: Difference | None, frames: int, same: str = "yes") -> str:
-    if differs is None:
-        return same
-    return f"no, first in frame {differs.frame} of {frames}; largest difference {differs.largest:.3g}"
-
-
 def _seconds(plain: Generated, patched: Generated, removed: Generated) -> str:
     """Both plain runs are shown, since they tell how much of a difference is the machine's own."""
     runs = (plain, patched, removed)
@@ -254,31 +208,16 @@ def _seconds(plain: Generated, patched: Generated, removed: Generated) -> str:
 def _write_video(path: Path, plain: torch.Tensor, patched: torch.Tensor) -> Path:
     """Plain on the left, patched on the right; an animated GIF where ffmpeg does not run."""
     import torch
-    from PIL import Image
 
-    frames = list(_bytes(torch.cat([plain, patched], dim=-1)))
+    frames = torch.cat([plain, patched], dim=-1)
     try:
-        _write_mp4(path, frames)
+        write_mp4(path, frames)
     except (ImportError, OSError, RuntimeError) as error:
         path.unlink(missing_ok=True)
         path = path.with_suffix(".gif")
         print(f"no mp4, since ffmpeg does not run here ({type(error).__name__}): {path.name} instead", file=sys.stderr)
-        first, *rest = map(Image.fromarray, frames)
-        first.save(path, save_all=True, append_images=rest, duration=1000 // FRAMES_PER_SECOND, loop=0)
+        write_gif(path, frames)
     return path
-
-
-def _write_mp4(path: Path, frames: list) -> None:
-    import imageio
-
-    with imageio.get_writer(path, fps=FRAMES_PER_SECOND, quality=8) as writer:
-        for frame in frames:
-            writer.append_data(frame)
-
-
-def _bytes(video: torch.Tensor):
-    """A float video (frames, 3, height, width; 0 to 1) as a uint8 array (frames, height, width, 3)."""
-    return (video * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 @contextmanager

@@ -183,8 +183,10 @@ def _sharded(groups: Sequence[dict]) -> bool:
     """Whether one of these is filled by `fully_shard` anew at each forward: the same tensors, and the same versions."""
     if "torch.distributed.fsdp" not in sys.modules:
         return False
-    from torch.distributed._composable_state import _module_state_mapping
-
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:  # torch's own business, and not to be told without it
+        return torch.distributed.is_initialized()
     asked = {id(group) for group in groups}
     return any(
         id(each._parameters) in asked

@@ -29,6 +29,7 @@ from dit_patch import mini, verify
 from dit_patch.handle import Handle
 from dit_patch.hosts import fastvideo
 from dit_patch.registry import Registry
+from dit_patch.step_cache import ranks
 
 RANKS = 2
 LIMIT = 240  # seconds; it takes some thirty
@@ -74,9 +75,10 @@ class Trial:
 
     def record(self) -> dict[str, Any]:
         model = mini.build(self.spec, self.mini)
+        groups = [torch.distributed.get_world_size(group) for group in ranks.groups(model)]
         generations = [self.forwards(number) for number in range(SIZES)]
         first, both = generations[0], sum(generations, [])
-        record: dict[str, Any] = {"plain": self.outcome(model, both)}
+        record: dict[str, Any] = {"groups": groups, "plain": self.outcome(model, both)}
         with another_rank(self.world - 1 - self.rank):
             record["plain as another rank"] = self.outcome(model, first)
         handle = dit_patch.apply(model)

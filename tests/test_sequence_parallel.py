@@ -171,3 +171,9 @@ def test_what_one_rank_clears_the_other_still_has_and_neither_waits_for_the_othe
     assert all(count <= cleared[at] for at, count in kept.items())
     if name in ROPED:
         assert (cleared[ROPE], kept[ROPE]) == (1, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_that_share_a_sequence_must_skip_the_same_blocks(reports, name):
+    assert [rank["groups"] for rank in reports[name].ranks] == [[RANKS]] * RANKS
+    assert reports[name].alone["groups"] == []

@@ -290,7 +290,7 @@ def test_the_command(tmp_path, capsys, trained):
         (["--set", "threshold"], "--set: `threshold`: expected NAME=VALUE"),
         (["--call", "heigth=32"], "takes no `heigth`"),
         (["--steps", "0"], "--steps: 0 is less than 1"),
-        (["--model", "/no/such/folder", "--prompt", "x"], "--model: `/no/such/folder` cannot be loaded"),
+        (["--model", "/no/such/folder", "--prompt", "x"], "--model: `/no/such/folder`: there is no such folder"),
         (["--model", "somebody/something"], "no prompts: give --prompt or --prompts"),
         (["--prompts", "/no/such/file"], "--prompts: /no/such/file: No such file"),
         (["--model", "a", "--prompt", "x", "--dtype", "floot"], "`floot` is no dtype of torch"),
@@ -299,8 +299,8 @@ def test_the_command(tmp_path, capsys, trained):
 def test_errors_of_the_command(words, complaint, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert cli.main(["bench", "step-cache", *words]) == 1
-    said = capsys.readouterr().err.rpartition("dit-patch: StepCacheError: ")  # after what loading says
-    assert said[1] and complaint in said[2]
+    said = capsys.readouterr().err.rpartition("dit-patch: ")  # after what loading says
+    assert "Error: " in said[2] and complaint in said[2]
 
 
 def test_help_of_the_command(capsys):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from .. import extras
+from .. import calls, extras, loading
 from ..demo import quiet_upstream
 from ..errors import StepCacheError, quote, suggest
 from .config import KNOBS, PRESETS, StepCache
@@ -23,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     from . import document, guards, harness
 
     guards.cache_dit()
-    knobs = _pairs("--set", options.set)
+    knobs = _knobs(options.set)
     configs = _configs(options, knobs)
     for name in ("steps", "repeats"):
         if getattr(options, name) < 1:
@@ -35,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
             pipeline,
             prompts,
             configs,
-            {**call, **_pairs("--call", options.call)},
+            {**call, **calls.pairs("--call", options.call, error=StepCacheError)},
             steps=options.steps,
             seed=options.seed,
             repeats=options.repeats,
@@ -61,26 +58,16 @@ def _configs(options: argparse.Namespace, knobs: Mapping[str, Any]) -> dict[str,
     return made
 
 
-def _pairs(flag: str, given: list[str]) -> dict[str, Any]:
-    """`name=value` words, values as Python writes them, else as text."""
-    pairs = {}
-    for word in given:
-        name, equals, value = word.partition("=")
-        if not equals or not name:
-            raise StepCacheError(f"{flag}: {quote(word)}: expected NAME=VALUE")
-        try:
-            pairs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pairs[name] = value
-        if flag == "--set" and name == "mask":
-            pairs[name] = value  # 1011 is not a number here
-        if flag == "--set" and name not in KNOBS:
+def _knobs(words: list[str]) -> dict[str, Any]:
+    found = calls.pairs("--set", words, as_text=("mask",), error=StepCacheError)  # 1011 is not a number here
+    for name in found:
+        if name not in KNOBS:
             raise StepCacheError(f"--set: no knob {quote(name)}{suggest(name, KNOBS)}\n    Knobs: {', '.join(KNOBS)}.")
-    return pairs
+    return found
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any]]:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = loading.device(options.device)
     prompts = list(options.prompt or ())
     if options.prompts is not None:
         try:
@@ -94,16 +81,5 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, An
         return shapes.pipeline().to(device), prompts or list(shapes.PROMPTS[::10]), dict(shapes.CALL)
     if not prompts:
         raise StepCacheError("no prompts: give --prompt or --prompts")
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise StepCacheError(f"--dtype: {quote(options.dtype)} is no dtype of torch")
-    from diffusers import DiffusionPipeline
-
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise StepCacheError(
-            f"--model: {quote(options.model)} cannot be loaded: {error}\n"
-            "    Give the folder of a saved pipeline, or a hub id; offline only what is in the cache can be had."
-        ) from error
+    pipeline = loading.load(options.model, loading.dtype(options.dtype))
     return pipeline.to(device), prompts, {}

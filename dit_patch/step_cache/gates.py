@@ -9,13 +9,15 @@ of the whole list, which needs a copy of such forwards. Decisions, residuals and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import StepCacheError
+from . import ranks
 from .config import StepCache
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ class Gates:
                 cache_context=where,
                 context_manager=self.manager,
             )
+        self.manager.similarity = partial(self._similar, self.manager.similarity)
         self.contexts: dict[str, Any] = {}
+        self.groups: list[Any] = []
         self.fn = self.bn = 0
         self._sizes = (0, 0, 2)  # bytes of the hidden states, of the encoder's, of an element
         self.observer: Recorder | None = None
@@ -58,9 +62,13 @@ class Gates:
     def blocks(self) -> torch.nn.ModuleList:
         return self.owner._modules[self.name]
 
-    def begin(self, config: Any, calibrator: Any) -> None:
-        """Forget every pass; from now on decide by this `DBCacheConfig` and calibrator's configuration."""
+    def begin(self, config: Any, calibrator: Any, groups: Sequence[Any] = ()) -> None:
+        """Forget every pass; from now on decide by this `DBCacheConfig` and calibrator's configuration.
+
+        `groups` are process groups whose ranks must decide alike, see `ranks`.
+        """
         self.release()
+        self.groups = list(groups)
         self.fn, self.bn = config.Fn_compute_blocks, config.Bn_compute_blocks
         self._made_with = {"cache_config": config, "calibrator_config": calibrator}
 
@@ -107,11 +115,26 @@ class Gates:
     def _decide(self, residual: torch.Tensor) -> bool:
         self.manager.mark_step_begin()
         prefix = f"{self.name}_Fn_residual"
-        if self.manager.can_cache(residual, parallelized=self._helper._is_parallelized(), prefix=prefix):
+        if self.manager.can_cache(residual, parallelized=False, prefix=prefix):
             self.manager.add_cached_step()
             return True
         self.manager.set_Fn_buffer(residual, prefix=prefix)
         return False
+
+    def _similar(
+        self, alone: Any, before: torch.Tensor, now: torch.Tensor, *, threshold: float, **options: Any
+    ) -> bool:
+        """cache-dit's own answer; but where ranks must decide alike, of the differences of them all.
+
+        cache-dit would ask every rank of the default group, which may be in another generation, or in none.
+        """
+        if not self.groups or not 0 < threshold < 1 or before.shape != now.shape:
+            return alone(before, now, threshold=threshold, **options)
+        means = torch.stack([(before - now).abs().mean(), before.abs().mean()]).float()
+        changed, size = ranks.average(self.groups, means).tolist()
+        diff = changed / size if size else float("nan")
+        self.manager.add_residual_diff(diff)
+        return diff < threshold
 
     # ... and after the middle ones.
 

@@ -38,7 +38,8 @@ class Loops:
         self._layers: list[wrapped.Wrapped] = []
         self._boundary: float | None = None
         stages = resolve.stages(target, model)
-        for owner in stages or [target] * (target is not model):
+        self._owners = stages or [target] * (target is not model)
+        for owner in self._owners:
             self._listen(owner, "progress_bar", self._loop_of(owner))
             self._listen(getattr(owner, "scheduler", None), "set_timesteps", self._schedule_of(owner))
         for stage in stages:
@@ -52,6 +53,13 @@ class Loops:
     def remove(self) -> None:
         for layer in reversed(self._layers):
             wrapped.remove(layer)
+
+    def join(self) -> None:
+        """Whoever listens comes late: a loop has begun already, and counts from here."""
+        for owner in self._owners:
+            timesteps = getattr(getattr(owner, "scheduler", None), "timesteps", None)
+            if timesteps is not None:
+                self._begins(self._steps(owner, len(timesteps)))
 
     def _listen(self, owner: Any, name: str, wrapper: Callable) -> None:
         if callable(getattr(owner, name, None)):
@@ -126,6 +134,10 @@ class Passes:
     def remove(self) -> None:
         if self._layer is not None:
             wrapped.remove(self._layer)
+
+    def named(self, name: str | None) -> None:
+        """The pass that runs is called that, by a `cache_context` that was entered before anybody listened."""
+        self._name = name
 
     def forget(self) -> None:
         """The next forward is the first of a generation."""

@@ -20,7 +20,7 @@ from ..errors import StepCacheError
 from ..memo import same
 from ..scope import Frame
 from ..spec import Spec
-from . import guards
+from . import guards, ranks
 from .config import MASKS, StepCache
 from .gates import Gates
 from .generations import Loops, Passes
@@ -97,6 +97,15 @@ class Stepping:
                 "it was compiled as a whole after apply(), and compiled code always runs all blocks: nothing will be "
                 "cached. Compile its blocks instead: model.compile_repeated_blocks()"
             )
+
+    def join(self, label: str | None) -> None:
+        """Switched on within a generation, before its first forward, in the pass of that name."""
+        self._loops.join()
+        self._passes.named(label)
+
+    def left(self) -> None:
+        """The pass that was running at `join` has ended."""
+        self._passes.named(None)
 
     def saw_forward(self) -> None:
         """A forward of the model has ended; our layer should have been in it."""
@@ -230,8 +239,9 @@ class Stepping:
         self._uncached = self._too_few()
         if self._uncached is not None:
             self._warn(self._uncached)
+        groups = ranks.groups(self.model)
         for gates in self.gates:
-            gates.begin(self._decisions(gates, self.config, self._expected), self.calibrator())
+            gates.begin(self._decisions(gates, self.config, self._expected), self.calibrator(), groups)
 
     def _too_few(self) -> str | None:
         least = self.config.min_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import resolve
-from ..errors import StepCacheError, suggest
+from .. import calls, pictures, resolve
+from ..errors import StepCacheError
 from ..handle import with_specs
 from ..registry import Registry
 from ..spec import Spec
@@ -43,7 +42,7 @@ def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sam
         start = _now(device)
         result = pipeline(prompt=prompt, **asked)
         seconds = _now(device) - start
-    return Sample(_frames(result), seconds, sum(forwards), len(forwards))
+    return Sample(torch.cat(pictures.videos(result, StepCacheError)), seconds, sum(forwards), len(forwards))
 
 
 def transformers(pipeline: Any) -> dict[str, tuple[torch.nn.Module, Spec]]:
@@ -59,25 +58,7 @@ def device_of(pipeline: Any) -> torch.device:
 
 def check_call(pipeline: Any, call: dict[str, Any]) -> None:
     """Refuse what the pipeline does not take, before anything is generated."""
-    known = inspect.signature(type(pipeline).__call__).parameters
-    for name in call:
-        if name not in known:
-            raise StepCacheError(
-                f"{type(pipeline).__name__} takes no `{name}`{suggest(name, known)}\n    It takes: {', '.join(known)}."
-            )
-
-
-def _frames(result: Any) -> torch.Tensor:
-    made = getattr(result, "frames", None)
-    if made is None:
-        made = getattr(result, "images", None)
-    if not isinstance(made, torch.Tensor):
-        raise StepCacheError(
-            f"expected a pipeline's frames or images as a tensor, got {type(made).__name__}; only diffusers' pipelines "
-            'that know output_type="pt" can be measured'
-        )
-    frames = made[0] if made.dim() == 5 else made
-    return frames.detach().float().cpu()
+    calls.check(pipeline, dict.fromkeys(call, ""), StepCacheError)
 
 
 @contextmanager
