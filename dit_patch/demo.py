@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import extras, tiny_pipelines
 from .pictures import contact_sheet, difference, verdict, write_gif, write_mp4
+from .quiet import quiet_upstream
 
 if TYPE_CHECKING:
     import torch
@@ -218,16 +218,3 @@ def _write_video(path: Path, plain: torch.Tensor, patched: torch.Tensor) -> Path
         print(f"no mp4, since ffmpeg does not run here ({type(error).__name__}): {path.name} instead", file=sys.stderr)
         write_gif(path, frames)
     return path
-
-
-@contextmanager
-def quiet_upstream() -> Iterator[None]:
-    """Upstream's advice about half-built or unusual pipelines is not for whoever watches the demo."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with ExitStack() as undo:
-        for logging in (diffusers_logging, transformers_logging):
-            undo.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-        yield

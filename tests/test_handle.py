@@ -188,7 +188,10 @@ def test_only_several_kinds_in_any_order(apply, model):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"only": "ropes"}, "only: `ropes` is no kind and no spec; did you mean `rope`?\n    Kinds: " + ", ".join(KINDS) + "."),
+        (
+            {"only": "ropes"},
+            "only: `ropes` is no kind and no spec; did you mean `rope`?\n    Kinds: " + ", ".join(KINDS),
+        ),
         ({"only": ["rope", "masks"]}, "only: `masks` is no kind and no spec; did you mean `mask`?"),
         ({"only": []}, "only: an empty selection patches nothing; leave it out to patch every kind"),
         ({"check": "alway"}, "check: `alway` is none of first, always, never; did you mean `always`?"),

@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..check import cases, trial
-    from ..demo import quiet_upstream
     from ..errors import DitPatchError, quote
+    from ..quiet import quiet_upstream
     from ..registry import Registry
 
     registry = Registry(options.spec_dir, trust=options.trust_specs)

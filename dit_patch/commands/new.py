@@ -24,8 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..demo import quiet_upstream
     from ..errors import DitPatchError, quote
+    from ..quiet import quiet_upstream
     from ..registry import Registry
     from ..skeleton.draft import draft
     from ..skeleton.write import text

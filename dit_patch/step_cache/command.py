@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import calls, extras, loading
-from ..demo import quiet_upstream
 from ..errors import StepCacheError, quote, suggest
+from ..quiet import quiet_upstream
 from .config import KNOBS, PRESETS, StepCache
 
 NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow", "diffusers": "diffusers"}
