@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Where a flag is not given, its environment variable counts (`DIT_PATCH_MODEL`, `DIT_PATCH_STEP_CACHE`,
     `DIT_PATCH_SPEC_DIR`, `DIT_PATCH_TRUST_SPECS`, `DIT_PATCH_REPORT`); without either nothing is patched.
     """
-    group = parser.add_argument_group("dit_patch")
+    group = parser.add_argument_group("dit_patch", f"or by {', '.join(VARIABLES.values())} in the environment")
     group.add_argument("--patch-model", nargs="?", const=AUTO, metavar="WHAT", help=_PATCH_MODEL)
     group.add_argument("--step-cache", nargs="?", const="balanced", metavar="PRESET", help=_STEP_CACHE)
     add_spec_arguments(group)

@@ -16,7 +16,6 @@ EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
 """Caches a good part of what an untrained model does."""
 ALWAYS = EAGER | {"threshold": 1.0}
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 6}
-LAYERS = ("num_layers", "num_single_layers", "num_visual_blocks")
 SMALL_HUNYUAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
@@ -72,7 +71,8 @@ def deep(spec, blocks: int = 4, variant: str | None = None):
     """The spec's mini with that many blocks in each list."""
     case = spec.mini.case(variant)
     config = dict(case.config)
-    config |= {name: blocks for name in LAYERS if config.get(name)}
+    counts = [name for name, value in config.items() if name.endswith(("layers", "blocks")) and type(value) is int]
+    config |= {name: blocks for name in counts if config[name]}
     if "vace_layers" in config:
         config["vace_layers"] = [0, blocks - 2]
     return case.model_copy(update={"config": config})

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -61,12 +62,63 @@ def test_the_schema_is_json_that_knows_the_words_of_a_spec(capsys):
     assert {"model", "sites", "mini", "requires"} <= set(json.loads(out)["properties"])
 
 
-def test_help_names_the_commands_and_an_unknown_one_is_refused():
-    command = [sys.executable, "-m", "dit_patch.cli"]
-    text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(word in text for word in ("list", "show", "demo", "bench", "schema"))
-    refused = subprocess.run([*command, "lisst"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "lisst" in refused.stderr
+def shell(*arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "dit_patch.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    said = "\n".join(line for line in lines if not line.startswith("import time:"))
+    return done.returncode, done.stdout, said, imported
+
+
+def test_help_names_every_command_and_says_where_to_begin():
+    status, out, _, imported = shell("--help")
+    assert status == 0
+    assert all(f"\n    {name}" in out for name in cli.COMMANDS)
+    assert "to begin with:" in out and "dit-patch run -- python" in out
+    assert not {"torch", "pydantic", "wrapt"} & imported
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_says_what_it_does_and_takes_without_torch(name):
+    status, out, _, imported = shell(*name.split(), "--help")
+    assert status == 0 and f"usage: dit-patch {name}" in out and "torch" not in imported
+    text = cli.COMMANDS[name]
+    assert f"{text[0].upper()}{text[1:]}." in " ".join(out.split())
+    # Each option has its line, and each line its words.
+    options = [line for line in out.splitlines() if line.startswith("  --")]
+    assert options or name in ("schema", "run")
+
+
+@pytest.mark.parametrize(
+    "arguments, status, said",
+    [
+        ((), 2, "COMMAND"),
+        (("lisst",), 2, "lisst"),
+        (("list", "--spec-dir", "nowhere"), 1, "the directory `nowhere` does not exist"),
+        (("show",), 2, "NAME"),
+        (("show", "diffusers/wam"), 1, "did you mean `diffusers/wan`?"),
+        (("schema", "--all"), 2, "--all"),
+        (("demo", "--steps", "few"), 2, "few"),
+        (("check",), 2, "SPEC"),
+        (("check", "diffusers/wam"), 1, "did you mean `diffusers/wan`?"),
+        (("new",), 2, "CLASS"),
+        (("new", "json.Decoder"), 1, "`json.Decoder`: expected the dotted name of a class"),
+        (("generate",), 2, "--model"),
+        (("run",), 2, "no COMMAND to run"),
+        (("run", "--", "no-such-command"), 127, "no command `no-such-command`"),
+        (("bench", "--only", "everything"), 2, "everything"),
+        pytest.param(
+            *(("bench", "step-cache", "--preset", "fastest"), 1, "`fastest`"),
+            marks=pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs cache-dit"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_answered_at_the_shell_by_one_message_and_a_status(arguments, status, said):
+    found, out, err, _ = shell(*arguments)
+    assert (found, said in err) == (status, True), err
+    assert "Traceback" not in err and not out
 
 
 def test_bench_prints_a_table_and_writes_every_row_with_the_environment(tmp_path, capsys):
