@@ -150,6 +150,10 @@ class Patch:
         """Whether the model keeps results of this site in attributes of its own."""
         return bool(self._leftovers)
 
+    def counts(self, weight: torch.Tensor) -> bool:
+        """Whether a change of this weight makes what is kept worthless."""
+        return self._state is not None and any(weight is each for each in self._state.tensors())
+
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         frame = scope.current()
         if self.then is not None:

@@ -128,10 +128,24 @@ def test_a_tensor_that_the_key_does_not_mention_is_named(check):
     assert "`caption` is a tensor, and `key` does not say what of it counts" in out
 
 
-def test_a_key_on_a_weight_of_another_module_that_is_not_read_is_too_coarse_only_where_it_shows(check):
-    # Its argument is computed with the time embedder's weights; they do not change in a check, which is no proof.
-    status, _ = check(lambda spec: site(spec, "condition_embedder.time_proj.forward").pop("reads"))
-    assert status == 0
+def test_weights_of_another_module_that_an_argument_was_computed_with_have_to_be_read(check):
+    status, out = check(lambda spec: site(spec, "condition_embedder.time_proj.forward").pop("reads"))
+    assert status == 1
+    [problem] = problems(out)
+    assert "condition_embedder.time_proj.forward" in problem
+    assert "`reads: [condition_embedder.time_embedder]` would have them counted" in problem
+
+
+def test_a_key_by_something_else_that_happens_to_change_with_it_is_too_coarse(tmp_path, capsys):
+    spec = yaml.safe_load((BUNDLED / "diffusers" / "flux.yaml").read_text())
+    metadata = ["shape", "dtype", "device"]
+    site(spec, "pos_embed.forward")["key"] = {"ids": metadata, "model.encoder_hidden_states": ["identity"]}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    assert cli.main(["check", str(path)]) == 1
+    [problem] = problems(capsys.readouterr().out)
+    assert "pos_embed.forward" in problem and "its key is too coarse" in problem
+    assert "`model.txt_ids: [identity], model.img_ids: [identity]`" in problem or "model.img_ids" in problem
 
 
 def test_an_address_that_only_a_variant_has_must_be_in_one_of_the_minis(check):

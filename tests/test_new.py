@@ -52,7 +52,7 @@ def test_the_beginning_for_wan_has_its_sites_blocks_and_mini_and_passes_check(tm
         ),
         (
             "flux.FluxTransformer2DModel",
-            {"context_embedder.forward": "context", "pos_embed.forward": "context"},
+            {"context_embedder.forward": "context", "pos_embed.forward": "rope"},
             {"transformer_blocks": 1},
         ),
     ],
@@ -69,6 +69,20 @@ def test_what_repeats_in_other_models_is_proposed_and_equal(name, sites, blocks,
     file = tmp_path / "mine.yaml"
     file.write_text(text(begun))
     assert cli.main(["check", str(file)]) == 0, capsys.readouterr().out
+
+
+def test_keys_go_by_what_results_change_with_and_not_by_what_happens_to_change_beside_it():
+    proposed = {each.at: each for each in draft(PLACE.format("longcat_image.LongCatImageTransformer2DModel")).sites}
+    sizes = ["shape", "dtype", "device"]
+    # Prompts, too, are new in each generation.
+    identity = {"model.img_ids": ["identity"], "model.txt_ids": ["identity"]}
+    assert proposed["pos_embed.forward"].key == {"ids": sizes} | identity
+    assert proposed["norm_out.linear.forward"].key == {"input": sizes, "model.timestep": ["identity"]}
+    assert proposed["norm_out.linear.forward"].reads == ("time_embed",)
+    refiner = "context_embedder.time_text_embed.text_embedder.forward"
+    hunyuan = {each.at: each for each in draft(PLACE.format("hunyuan_video.HunyuanVideoTransformer3DModel")).sites}
+    prompt = {"model.encoder_hidden_states": ["identity"], "model.encoder_attention_mask": ["identity"]}
+    assert hunyuan[refiner].key == {"caption": sizes} | prompt and not hunyuan[refiner].reads
 
 
 def test_where_the_guess_does_not_run_the_file_says_why_and_goes_on_from_a_mended_mini(tmp_path, capsys):

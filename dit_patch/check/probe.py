@@ -8,8 +8,9 @@ Nothing of that is a proof, as only the calls that were seen are known.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import scope, wrapped
-from ..cache import mask_parts
+from ..cache import map_tensors, mask_parts
 from ..keys import Argument, Uncacheable
 from ..patch import Patch
 from ..scope import Frame, Scope
@@ -40,6 +41,7 @@ class Call:
     parts: dict[str, dict[str, Hashable]]
     result: str
     plain: set[str] = field(default_factory=set)  # arguments without a tensor, which always count
+    given: Any = None  # the arguments, held lest the address of one be used again
 
 
 def record(
@@ -55,7 +57,6 @@ def record(
         moments: the generation and the step of each forward.
     """
     calls: dict[str, list[list[Call]]] = {}
-    kept: list[Any] = []  # lest an address be used again
     state = _Running()
     with ExitStack() as undo, torch.no_grad():
         watching = Scope(model, lambda frame: None, names=spec.parameters)
@@ -63,7 +64,7 @@ def record(
         for patch in patches:
             own: list[Call] = []
             calls.setdefault(patch.site.at, []).append(own)
-            layer = wrapped.install(patch.owner, patch.name, _Probe(patch, state, own, kept))
+            layer = wrapped.install(patch.owner, patch.name, _Probe(patch, state, own))
             undo.callback(wrapped.remove, layer)
         for number, arguments in enumerate(forwards):
             state.forward, state.moment = number, moments[number]
@@ -79,8 +80,8 @@ class _Running:
 class _Probe:
     """Stands around an attribute and writes down its calls."""
 
-    def __init__(self, patch: Patch, state: _Running, calls: list[Call], kept: list[Any]) -> None:
-        self.patch, self.state, self.calls, self.kept = patch, state, calls, kept
+    def __init__(self, patch: Patch, state: _Running, calls: list[Call]) -> None:
+        self.patch, self.state, self.calls = patch, state, calls
 
     def __call__(self, original: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
         result = original(*args, **kwargs)
@@ -91,8 +92,7 @@ class _Probe:
         frame.calls[self] = ordinal + 1
         given = dict(zip(self.patch.parameters, args)) | kwargs
         given |= {f"model.{name}": value for name, value in _arguments(frame).items()}
-        self.kept.append(given)
-        call = Call(self.state.forward, self.state.moment, ordinal, {}, digest(result))
+        call = Call(self.state.forward, self.state.moment, ordinal, {}, digest(result), given=given)
         for name, value in given.items():
             try:
                 call.parts[name] = {
@@ -138,6 +138,94 @@ def too_fine(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> str | Non
         return None
     changed = {name: facets for name, facets in coarser.items() if facets != tuple(key[name])}
     return ", ".join(f"{name}: [{', '.join(facets)}]" if facets else f"no {name}" for name, facets in changed.items())
+
+
+def uncounted(
+    model: torch.nn.Module,
+    spec: Spec,
+    patches: Iterable[Patch],
+    arguments: Mapping[str, Any],
+    keys: Mapping[str, Mapping[str, tuple[str, ...]]],
+) -> dict[str, list[str]]:
+    """For each site what changes its results, but not its key: `model.x`, submodules, or single parameters.
+
+    One forward is run with each of the model's tensor arguments replaced by another of its kind, and with each of its
+    weights changed for a time (those of a submodule together). What a site's own module holds, and what its `reads`
+    names, counts anyway. What the forward does not go through with is passed over.
+    """
+    patches = list(patches)
+    plain = record(model, spec, patches, [arguments], [(0, 0)])
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, list[str]] = {}
+
+    def look(given: Mapping[str, Any], cause: str, weights: Sequence[torch.Tensor] = ()) -> None:
+        try:
+            changed = record(model, spec, patches, [given], [(0, 0)])
+        except Exception:  # of the model's own: it cannot do with such an argument
+            return
+        number: Counter[str] = Counter()
+        for patch in patches:
+            at, place = patch.site.at, cause
+            before, after = plain[at][number[at]], changed[at][number[at]]
+            number[at] += 1
+            if weights:
+                if patch.counts(weights[0]):
+                    continue
+                place = _outermost(cause, paths.get(id(patch.owner), ""))
+            if _stale(before, after, keys[at]) and place not in found.setdefault(at, []):
+                found[at].append(place)
+
+    for name, value in arguments.items():
+        if any(True for _ in _tensors(value)):
+            look({**arguments, name: map_tensors(_another, value)}, f"model.{name}")
+    for path, holder in list(model.named_modules()):
+        own = {name: each for name, each in holder._parameters.items() if each is not None}
+        # What the model holds itself has no module to be named by.
+        for cause, weights in (
+            {path: [*own.values()]}.items() if path else ((name, [each]) for name, each in own.items())
+        ):
+            if weights:
+                with _changed(weights):
+                    look(arguments, cause, weights)
+    return {at: causes for at, causes in found.items() if causes}
+
+
+def _another(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same kind with other content."""
+    if tensor.dtype is torch.bool:
+        other = tensor.clone()
+        other.view(-1)[-1:] ^= True
+        return other
+    return tensor * 1.5 + 0.25 if tensor.is_floating_point() else tensor + 1
+
+
+def _stale(before: list[Call], after: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a call would get the result that it had before."""
+    if len(before) != len(after):
+        return False
+    keys = _keys([*before, *after], key)
+    together = zip(before, after, keys[: len(before)], keys[len(before) :])
+    return any(one.result != other.result and own == others for one, other, own, others in together)
+
+
+@contextmanager
+def _changed(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    kept = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        try:
+            for parameter in parameters:
+                parameter.mul_(1.5).add_(0.25)
+            yield
+        finally:
+            for parameter, content in zip(parameters, kept):
+                parameter.copy_(content)
+
+
+def _outermost(path: str, owner: str) -> str:
+    """The largest part of the model that what is at `path` is in, and the owner is not."""
+    steps = path.split(".")
+    places = (".".join(steps[: count + 1]) for count in range(len(steps)))
+    return next((place for place in places if not f"{owner}.".startswith(f"{place}.")), path)
 
 
 def contradicted(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:

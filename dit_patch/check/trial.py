@@ -164,6 +164,10 @@ class _Trial:
             site = self.result.sites[at].site
             for own in several:
                 self._too_coarse(site, own)
+        if self.dtype is self.subject.dtypes[0] and self.subject.weights is None:
+            keys = {patch.site.at: patch.site.key for patch in patches}
+            for at, causes in probe.uncounted(model, self.spec, patches, mini.fresh(forwards)[0], keys).items():
+                self._uncounted(self.result.sites[at], causes)
 
     def _too_coarse(self, site: Site, calls: list[probe.Call]) -> None:
         found = probe.too_coarse(calls, site.key)
@@ -177,6 +181,20 @@ class _Trial:
             )
         elif (coarser := probe.too_fine(calls, site.key)) is not None:
             self.finer[site.at] = coarser
+
+    def _uncounted(self, record: SiteRecord, causes: list[str]) -> None:
+        record.equal = False
+        where = f"{self._called(record.site)}{_COARSE}"
+        arguments = [cause for cause in causes if cause.startswith("model.")]
+        weights = [cause for cause in causes if cause not in arguments]
+        if arguments and not any(said.startswith(where) for said in self._coarse()):
+            missing = ", ".join(f"{name}: [identity]" for name in arguments)
+            self._problem(f"{where}: its results change with arguments of the model that do not count: `{missing}`")
+        if weights:
+            self._problem(
+                f"{where}: its arguments are computed with weights that do not count; "
+                f"`reads: [{', '.join(weights)}]` would have them counted"
+            )
 
     def _called(self, site: Site) -> str:
         return f"{self.spec.name}: {site.at} ({site.origin})"

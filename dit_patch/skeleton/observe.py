@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -39,6 +39,7 @@ class Proposal:
     hits: int
     about: str
     source: str | None = None
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,23 @@ def sites(
     patches = [patch for path, _ in model.named_modules() if path and (patch := _patch(model, path, lists)) is not None]
     spec = Spec.model_construct(parameters=())
     recorded = probe.record(model, spec, patches, forwards, moments)
-    first = next(iter(scope.parameters(model)), "")
+    nothing: dict[str, dict[str, tuple[str, ...]]] = {patch.site.at: {} for patch in patches}
+    causes = probe.uncounted(model, spec, patches, forwards[0], nothing)
+    latents = f"model.{next(iter(scope.parameters(model)), '')}"
     found: list[Proposal] = []
     for patch in patches:
         path = patch.site.at.rpartition(".")[0]
         if any(path.startswith(f"{each.at.rpartition('.')[0]}.") for each in found):
             continue
         [calls] = recorded[patch.site.at]
-        proposal = _propose(patch, calls, f"model.{first}")
+        lent = [name for name in causes.get(patch.site.at, ()) if name.startswith("model.")]
+        proposal = None if latents in lent else _propose(patch, calls, lent)
         if proposal is not None:
             found.append(proposal)
-    return found
+    keys = {each.at: {name: tuple(facets) for name, facets in each.key.items()} for each in found}
+    chosen = [patch for patch in patches if patch.site.at in keys]
+    reads = probe.uncounted(model, spec, chosen, forwards[0], keys)
+    return [replace(each, reads=tuple(reads.get(each.at, ()))) for each in found]
 
 
 def _patch(model: torch.nn.Module, path: str, lists: Sequence[str]) -> Patch | None:
@@ -106,42 +113,34 @@ def _patch(model: torch.nn.Module, path: str, lists: Sequence[str]) -> Patch | N
         return None
 
 
-def _propose(patch: Patch, calls: list[probe.Call], latents: str) -> Proposal | None:
+def _propose(patch: Patch, calls: list[probe.Call], lent: Sequence[str]) -> Proposal | None:
+    """A site with a key for it; `lent` are the model's arguments that its results change with."""
     if len(calls) < 2 or len({call.result for call in calls}) == len(calls):
         return None
     own = sorted({name for call in calls for name in call.parts if "." not in name and name not in call.plain})
-    ours = any(_same(call, name, latents) for call in calls for name in own)  # called with the latents themselves
-    borrowed = sorted({name for call in calls for name in call.parts if name.startswith("model.")} - {latents})
-    for key in _keys(own, borrowed):
+    for key in _keys(own, lent):
         hits = len(calls) - probe.distinct(calls, key)
-        content = any("identity" in facets for facets in key.values())
-        if not hits or (content and ours) or probe.contradicted(calls, key):
+        if not hits or probe.contradicted(calls, key):
             continue
-        module = patch.owner
-        lent = [name for name in key if name.startswith("model.")]
-        timed = any("time" in name for name in lent) or any("time" in name for name in own)
-        kind = "timestep" if timed and content else "context" if content or not _ROPE.search(_words(patch)) else "rope"
-        about = f"a {type(module).__name__}; {'depends on sizes alone' if not content else 'kept while its inputs are'}"
+        timed = any("time" in name for name in (*own, *lent))
+        kind = "timestep" if timed and lent else "rope" if _ROPE.search(_words(patch)) else "context"
+        about = (
+            f"{type(patch.owner).__name__}, {'kept while its inputs are' if lent else 'which depends on sizes alone'}"
+        )
         facets = {name: list(each) for name, each in key.items()}
-        return Proposal(patch.site.at, kind, facets, len(calls), hits, about, _sinusoid(module))
+        return Proposal(patch.site.at, kind, facets, len(calls), hits, about, _sinusoid(patch.owner))
     return None
 
 
-def _keys(own: Sequence[str], borrowed: Sequence[str]) -> Iterator[dict[str, tuple[str, ...]]]:
-    """Keys from coarse to fine: sizes alone, own content, sizes with one or two of the model's arguments."""
+def _keys(own: Sequence[str], lent: Sequence[str]) -> Iterator[dict[str, tuple[str, ...]]]:
+    """Keys from coarse to fine: sizes alone where no content counts, own content, sizes with the model's arguments."""
     sizes = dict.fromkeys(own, METADATA)
-    yield sizes
+    if not lent:
+        yield sizes
     for count in range(1, len(own) + 1):
         for chosen in combinations(own, count):
             yield {**sizes, **dict.fromkeys(chosen, ("identity",))}
-    for count in (1, 2):
-        for chosen in combinations(borrowed, count):
-            yield {**sizes, **dict.fromkeys(chosen, ("identity",))}
-
-
-def _same(call: probe.Call, name: str, other: str) -> bool:
-    both = name in call.parts and other in call.parts
-    return both and call.parts[name]["identity"] == call.parts[other]["identity"]
+    yield {**sizes, **dict.fromkeys(lent, ("identity",))}
 
 
 def _words(patch: Patch) -> str:

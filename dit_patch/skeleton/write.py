@@ -78,18 +78,20 @@ def _sites(draft: Draft) -> list[str]:
     if not draft.sites:
         return ["# No submodule outside the blocks gave the same result twice.", "sites: []"]
     lines = [
-        f"# In {draft.forwards} forwards (of steps, passes, sizes, prompts) the results of these calls repeat. A key",
-        "# may be finer than needed, never coarser, so read each one's source. What of a tensor does not count (its",
-        "# dtype, its device) may go; what else counts (weights behind an argument: `reads`) must come. Remove what",
-        "# does not pay, and what a pipeline makes anew at each step. A span, `a..b`, is code between two calls.",
+        f"# In {draft.forwards} forwards (steps, passes, sizes, prompts) the results of these calls repeat. A key may",
+        "# be finer than needed, never coarser, so read each one's source: what of a tensor does not count (its dtype,",
+        "# its device) may go, and what counts besides must come. Remove what does not pay, and what a pipeline makes",
+        "# anew at each step. A span, `a..b`, is for code between two calls.",
         "sites:",
     ]
     for each in draft.sites:
-        lines.append(f"  # {each.about[0].upper()}{each.about[1:]}: {each.hits} of {each.calls} calls repeat.")
+        lines.append(f"  # {each.about}: {each.hits} of {each.calls} calls repeat.")
         lines.append(f"  - at: {each.at}")
         lines.append(f"    kind: {each.kind}")
         if each.key:
             lines.append(f"    key: {_flow(each.key)}")
+        if each.reads:
+            lines.append(f"    reads: {_flow(list(each.reads))}")
         if each.source:
             lines.append("    use: dit_patch.functions.sinusoid:timesteps  # its frequencies are made once")
             lines.append(f"    source: {each.source}")
