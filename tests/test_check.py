@@ -110,6 +110,22 @@ def test_a_planted_mistake_is_the_one_problem_that_is_named(check, mistake, said
     assert "mine.yaml" in problem or mistake is wrong_pattern
 
 
+def test_an_output_that_differs_is_said_whatever_the_sites_look_like(check):
+    def negate(spec):
+        spec["sites"] = [{"at": TEXT, "kind": "context", "then": "toys:negated"}]
+
+    status, out = check(negate, "--trust-specs")
+    assert status == 1 and "equal: NO" in out
+    assert any("forward 0 of the patched model differs from the unpatched one's" in each for each in problems(out))
+
+
+def test_a_file_may_extend_a_spec_that_is_known(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: my.Model\nextends: diffusers/wan\nsites:\n  - {at: rope.forward, kind: mask}\n")
+    kinds = {each.at: each.kind for each in Registry().read(path).sites}
+    assert kinds[ROPE] == "mask" and kinds[TEXT] == "context"
+
+
 def test_several_mistakes_are_all_found_in_one_run(check):
     def all_of_them(spec):
         for mistake in (too_coarse, wrong_pattern, misspelt_argument, content_that_changes, never_reached, one_bit_off):

@@ -210,6 +210,16 @@ def test_an_option_that_does_not_exist_is_told_and_nothing_is_patched(apply, mod
     assert toys.same_snapshot(before, toys.snapshot(model))
 
 
+def test_names_of_specs_choose_whose_models_are_patched(apply, model):
+    before = toys.snapshot(model)
+    with pytest.raises(UnsupportedModelError) as caught:
+        apply(model, only=["diffusers/wan", "diffusers/flux"])
+    assert str(caught.value) == "only: no model is for `diffusers/flux` or `diffusers/wan`; there are: model (toy)"
+    assert toys.same_snapshot(before, toys.snapshot(model))
+    with apply(model, only=["toy", "rope"]) as handle:
+        assert {row.kind for row in handle.stats()} == {"rope"}
+
+
 def test_a_kind_that_no_spec_has_is_told(tmp_path, model):
     before = toys.snapshot(model)
     with pytest.raises(DitPatchError, match="nothing to patch: no site of kind mask of toy is in model"):

@@ -128,6 +128,7 @@ def test_a_site_that_acts_only_inside_the_models_forward_acts_in_the_first_one(w
     for _ in range(3):
         forward(model, **inputs)
     assert counts(model) == {"forward:shift": (0, 3, {}), "embed.forward": (2, 1, {})}
+    handle_of(model).remove()  # a global would stay wrapped
 
 
 @pytest.mark.parametrize("cls", [Known, Unknown])
