@@ -23,7 +23,6 @@ import torch
 from . import errors, handle, resolve
 from .errors import DitPatchError, UnsupportedModelError
 from .report import SiteStats, text
-from .scope import scope_of
 from .step_cache.stats import StepStats
 
 _OURS = "dit_patch: "
@@ -236,8 +235,7 @@ def _call(worker: Any, tokens: dict[int, str], *methods: str) -> _Rows | None:
 
 
 def _existing(pipeline: Any) -> handle.Handle | None:
-    scopes = (scope_of(model) for model in resolve.models(pipeline).values())
-    return next((scope.finished.__self__.handle for scope in scopes if scope is not None), None)
+    return next(filter(None, map(handle.handle_of, resolve.models(pipeline).values())), None)
 
 
 def _executor(target: Any) -> Any:
