@@ -481,13 +481,16 @@ def check_versions(spec: Spec, strict: bool) -> None:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            problem = f"{spec.name} needs {line}, which is not installed: pip install '{line}'"
+            problem, otherwise = f"{spec.name} needs {line}, which is not installed: pip install '{line}'", ""
         else:
             if requirement.specifier.contains(version, prereleases=True):
                 continue
-            problem = f"{spec.name} needs {line}; {version} is installed."
+            problem, otherwise = (
+                f"{spec.name} needs {line}; {version} is installed.",
+                " Pass strict=False to try anyway.",
+            )
         if strict:
-            raise VersionError(f"{problem} Pass strict=False to try anyway.")
+            raise VersionError(problem + otherwise)
         warnings.warn(f"dit_patch: {problem}", stacklevel=3)
 
 

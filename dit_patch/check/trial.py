@@ -338,7 +338,15 @@ def _why(record: SiteRecord) -> str:
 
 
 def text(result: Result) -> str:
-    """The table of sites and the problems."""
+    """The table of sites, where any trial came about, and the problems."""
+    count = len(result.problems)
+    lines = [*_table(result), ""] if result.trials else []
+    lines += [f"problem: {problem}" for problem in result.problems]
+    lines.append(f"{count} problem{'' if count == 1 else 's'}" if count else "no problems found")
+    return "\n".join(lines)
+
+
+def _table(result: Result) -> list[str]:
     width = max((len(at) for at in result.sites), default=4)
     lines = [f"  {'site':<{width}}  {'kind':<8}  {'calls':>6}  {'hits':>6}  {'equal':<5}  one result"]
     for at, record in result.sites.items():
@@ -346,11 +354,7 @@ def text(result: Result) -> str:
         took = f"{record.seconds * 1e6:.0f} us" if isfinite(record.seconds) else "-"
         lines.append(f"  {at:<{width}}  {record.site.kind:<8}  {record.calls:>6}  {record.hits:>6}  {equal:<5}  {took}")
         lines += [f"  {'':<{width}}    {note}" for note in record.notes]
-    count = len(result.problems)
-    lines.append("")
-    lines += [f"problem: {problem}" for problem in result.problems]
-    lines.append(f"{count} problem{'' if count == 1 else 's'}" if count else "no problems found")
-    return "\n".join(lines)
+    return lines
 
 
 def _yes(equal: bool) -> str:
