@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
 """Caches a good part of what an untrained model does."""
 ALWAYS = EAGER | {"threshold": 1.0}
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 6}
+COUNTS = re.compile(r"^(num|n)_(\w+_)?(layers|blocks)$")  # of blocks, whatever the model calls them
 SMALL_HUNYUAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
@@ -71,8 +73,7 @@ def deep(spec, blocks: int = 4, variant: str | None = None):
     """The spec's mini with that many blocks in each list."""
     case = spec.mini.case(variant)
     config = dict(case.config)
-    counts = [name for name, value in config.items() if name.endswith(("layers", "blocks")) and type(value) is int]
-    config |= {name: blocks for name in counts if config[name]}
+    config |= {name: blocks for name, value in config.items() if COUNTS.search(name) and type(value) is int and value}
     if "vace_layers" in config:
         config["vace_layers"] = [0, blocks - 2]
     return case.model_copy(update={"config": config})
