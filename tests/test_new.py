@@ -72,17 +72,21 @@ def test_what_repeats_in_other_models_is_proposed_and_equal(name, sites, blocks,
 
 
 def test_keys_go_by_what_results_change_with_and_not_by_what_happens_to_change_beside_it():
-    proposed = {each.at: each for each in draft(PLACE.format("longcat_image.LongCatImageTransformer2DModel")).sites}
+    flux = {each.at: each for each in draft(PLACE.format("flux.FluxTransformer2DModel")).sites}
     sizes = ["shape", "dtype", "device"]
     # Prompts, too, are new in each generation.
     identity = {"model.img_ids": ["identity"], "model.txt_ids": ["identity"]}
-    assert proposed["pos_embed.forward"].key == {"ids": sizes} | identity
-    assert proposed["norm_out.linear.forward"].key == {"input": sizes, "model.timestep": ["identity"]}
-    assert proposed["norm_out.linear.forward"].reads == ("time_embed",)
+    assert flux["pos_embed.forward"].key == {"ids": sizes} | identity
     refiner = "context_embedder.time_text_embed.text_embedder.forward"
     hunyuan = {each.at: each for each in draft(PLACE.format("hunyuan_video.HunyuanVideoTransformer3DModel")).sites}
     prompt = {"model.encoder_hidden_states": ["identity"], "model.encoder_attention_mask": ["identity"]}
     assert hunyuan[refiner].key == {"caption": sizes} | prompt and not hunyuan[refiner].reads
+
+
+def test_weights_that_an_argument_was_computed_with_are_proposed_to_be_read():
+    proposed = {each.at: each for each in draft(WAN).sites}["condition_embedder.time_proj.forward"]
+    assert proposed.key == {"input": ["shape", "dtype", "device"], "model.timestep": ["identity"]}
+    assert proposed.reads == ("condition_embedder.time_embedder",)
 
 
 def test_where_the_guess_does_not_run_the_file_says_why_and_goes_on_from_a_mended_mini(tmp_path, capsys):
