@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +40,13 @@ def run(choice: Choice, command: Sequence[str], *, strict: bool = False) -> int:
         choice = replace(choice, patch_model=AUTO)
     if not choice.wanted:
         print("dit-patch run: --patch-model off: the command runs as it is", file=sys.stderr)
-        return _wait(_start(command, _without_flags(os.environ)))
+        return _status(command, _without_flags(os.environ))
     classes = _classes(choice)
     report = _report_file(choice.patch_report)
     folder = Path(tempfile.mkdtemp(prefix="dit-patch-run-"))
     try:
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), "utf-8")
-        status = _wait(_start(command, _environment(choice, folder, strict)))
+        status = _status(command, _environment(choice, folder, strict))
         summary = Summary.of(folder, command, status)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,21 +127,37 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         raise CommandError(f"no command {quote(name)} ({error.strerror}){python}", 127) from None
 
 
-def _wait(process: subprocess.Popen) -> int:
-    with _forwarding(process):
+def _status(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the command to its end."""
+    with _forwarding() as forward_to:
+        process = _start(command, environment)
+        forward_to(process)
         status = process.wait()
     return 128 - status if status < 0 else status
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen) -> Iterator[None]:
-    """Signals to us are for the command; a key of the terminal it gets by itself."""
+def _forwarding() -> Iterator[Callable[[subprocess.Popen], None]]:
+    """Signals to us are for the command; a key of the terminal it gets by itself.
+
+    What is yielded is to be told of its process; signals that come before that wait for it.
+    """
+    started: list[subprocess.Popen] = []
+    early: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         if signal.Signals(number).name in _KEYS and _in_foreground():
             return
+        if not started:
+            early.append(number)
+            return
         with suppress(ProcessLookupError):
-            process.send_signal(number)
+            started[0].send_signal(number)
+
+    def forward_to(process: subprocess.Popen) -> None:
+        started.append(process)
+        while early:
+            forward(early.pop(0), None)
 
     numbers = [getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)]
     # nohup has some ignored, and they shall stay so.
@@ -150,7 +166,7 @@ def _forwarding(process: subprocess.Popen) -> Iterator[None]:
         if handler is not signal.SIG_IGN:
             signal.signal(number, forward)
     try:
-        yield
+        yield forward_to
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
