@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.requirements import Requirement
@@ -28,7 +28,7 @@ from .registry import Registry
 from .report import SiteStats, site_stats, text
 from .scope import Frame, Scope, forget_copies, scope_of
 from .span import Span
-from .spec import Kind, Site, Spec
+from .spec import Site, Spec
 from .step_cache import StepCache
 from .step_cache.live import Stepping
 from .step_cache.stats import StepStats
@@ -36,7 +36,6 @@ from .step_cache.stats import StepStats
 if TYPE_CHECKING:
     from .remote import RemoteHandle
 
-KINDS: tuple[str, ...] = get_args(Kind)
 _MODEL_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
 _PIPELINE_EDITS = ("set_lora_adapter", "merge_lora_weights", "unmerge_lora_weights")
 """Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
@@ -406,23 +405,16 @@ class Handle:
 
 def _options(only, max_bytes, check, fixes, directories, step_cache, registry) -> Options:
     words = None if only is None else (only,) if isinstance(only, str) else tuple(only)
-    kinds = tuple(word for word in words or () if word in KINDS)
-    names = tuple(word for word in words or () if word not in KINDS)
-    for name in names:
-        if name not in registry.names():
-            raise DitPatchError(
-                f"only: {quote(name)} is no kind and no spec{suggest(name, (*KINDS, *registry.names()))}\n"
-                f"    Kinds: {', '.join(KINDS)}.\n    Specs: {', '.join(registry.names()) or 'none'}."
-            )
+    kinds, names = registry.selection(words or (), "only")
     if words == () and step_cache is None:
         raise DitPatchError("only: an empty selection patches nothing; leave it out to patch every kind")
     if check not in CHECKS:
         raise DitPatchError(f"check: `{check}` is none of {', '.join(CHECKS)}{suggest(str(check), CHECKS)}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
         raise DitPatchError(f"max_bytes: `{max_bytes}` is not a positive number of bytes")
-    chosen = tuple(kind for kind in KINDS if kind in kinds) if kinds or words == () else None
-    named = tuple(sorted(set(names))) or None
-    return Options(chosen, named, max_bytes, check, bool(fixes), tuple(str(each) for each in directories), step_cache)
+    chosen = kinds if kinds or words == () else None
+    directories = tuple(str(each) for each in directories)
+    return Options(chosen, names or None, max_bytes, check, bool(fixes), directories, step_cache)
 
 
 def with_specs(

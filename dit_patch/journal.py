@@ -21,44 +21,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import _version
+from . import _version, report
+from .report import Rows
 
 if TYPE_CHECKING:
     from .handle import Handle, Options
     from .remote import RemoteHandle
-    from .report import SiteStats
-    from .step_cache.stats import StepStats
 
 REFRESHED = 3.0
 """Seconds between two versions of a file that tells of a process which still runs."""
 
 _PATIENCE = 5.0  # how long workers may take to answer, in seconds, where somebody waits for the program to end
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one handle reports."""
-
-    sites: tuple[SiteStats, ...] = ()
-    steps: tuple[StepStats, ...] = ()
-
-    @classmethod
-    def of(cls, handle: Handle | RemoteHandle) -> Rows:
-        return cls(tuple(handle.stats()), tuple(handle.step_stats()))
-
-    def since(self, before: Rows) -> Rows:
-        """Only what has come after `before`."""
-        known = {(row.model, row.at): row for row in before.sites}
-        sites = (_difference(row, known.get((row.model, row.at))) for row in self.sites)
-        return Rows(tuple(sites), tuple(row for row in self.steps if row not in before.steps))
-
-    @property
-    def anything(self) -> bool:
-        """Whether the model was called at all."""
-        return bool(self.steps) or any(row.hits or row.misses or row.bypassed for row in self.sites)
 
 
 class Kept:
@@ -391,29 +367,10 @@ def _world_size() -> int | None:
 
 
 def _text(rows: Rows, kept: Kept) -> str:
-    from .report import text
-
     if kept.remote and not rows.sites:
         return "dit_patch: patched in worker processes, which could not be asked any more what was saved"
     allowed = kept.options.max_bytes * (len(kept._tokens) or 1)
-    held = sum(row.nbytes for row in rows.sites)
-    return text(rows.sites, allowed, held, kept.options.step_cache, rows.steps)
-
-
-def _difference(row: SiteStats, before: SiteStats | None) -> SiteStats:
-    if before is None:
-        return row
-    bypassed = Counter(row.bypassed) - Counter(before.bypassed)
-    notes = [note for note in row.notes if not note.startswith("bypassed ")]
-    return replace(
-        row,
-        hits=row.hits - before.hits,
-        misses=row.misses - before.misses,
-        bypassed=dict(bypassed),
-        evictions=row.evictions - before.evictions,
-        seconds_saved=row.seconds_saved - before.seconds_saved,
-        notes=(*notes, *(f"bypassed {count}: {reason}" for reason, count in bypassed.most_common())),
-    )
+    return report.text(rows.sites, allowed, rows.nbytes, kept.options.step_cache, rows.steps)
 
 
 def _within(seconds: float, act: Callable[[], Any]) -> None:

@@ -76,8 +76,12 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if one.numel() == 0:
         return True
-    flat = (tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1) for tensor in (one, other))
-    return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
+    return torch.equal(flat(one).view(torch.uint8), flat(other).view(torch.uint8))
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All its elements in order, as they are in memory once nothing is lazy any more."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
 
 
 def _identity(tensor: torch.Tensor) -> Hashable:
@@ -93,8 +97,7 @@ def _identity(tensor: torch.Tensor) -> Hashable:
 def _values(tensor: torch.Tensor) -> Hashable:
     _refuse_autograd(tensor)
     if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _SMALL:
-        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-        return tensor.shape, tensor.dtype, bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+        return tensor.shape, tensor.dtype, bytes(flat(tensor).view(torch.uint8).tolist()) if tensor.numel() else b""
     return Content(tensor)
 
 

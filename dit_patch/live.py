@@ -43,7 +43,7 @@ def live(
     Raises:
         SiteError: where the spec names something that is not there.
     """
-    where = f"{spec.name}: {site.at} ({site.origin})"
+    where = spec.called(site)
     strange = resolve.own_forward(model, spec.classes)
     if strange and _counts_on_the_forward(site):
         return [], f"left alone: it counts on the forward that {type(model).__name__} replaces"

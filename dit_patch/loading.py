@@ -39,16 +39,24 @@ def dtype(words: str | Iterable[str], flag: str = "--dtype") -> torch.dtype | di
     Raises:
         DitPatchError: torch has no such dtype to load weights in.
     """
-    words = [words] if isinstance(words, str) else list(words)
     found: dict[str, torch.dtype] = {}
-    for word in words:
+    for word in [words] if isinstance(words, str) else words:
         component, _, name = word.rpartition("=")
-        kind = getattr(torch, name, None)
-        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-            why = "is no dtype of torch" if not isinstance(kind, torch.dtype) else "is not a floating point dtype"
-            raise DitPatchError(f"{flag}: {quote(word)} {why}{suggest(name, DTYPES)}\n    Usual: {', '.join(DTYPES)}.")
-        found[component or "default"] = kind
+        found[component or "default"] = one_dtype(name, flag, word)
     return found["default"] if set(found) == {"default"} else found
+
+
+def one_dtype(name: str, flag: str = "--dtype", word: str | None = None) -> torch.dtype:
+    """A floating point dtype by its name in torch; `word` is what the user wrote, where that is more.
+
+    Raises:
+        DitPatchError: torch has no such dtype to load weights in.
+    """
+    kind = getattr(torch, name, None)
+    if isinstance(kind, torch.dtype) and kind.is_floating_point:
+        return kind
+    why = "is not a floating point dtype" if isinstance(kind, torch.dtype) else "is no dtype of torch"
+    raise DitPatchError(f"{flag}: {quote(word or name)} {why}{suggest(name, DTYPES)}\n    Usual: {', '.join(DTYPES)}.")
 
 
 def device(word: str | None, flag: str = "--device") -> torch.device:

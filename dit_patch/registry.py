@@ -11,11 +11,12 @@ from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from .errors import SpecError, quote, suggest
-from .spec import Spec, extend, load
+from .errors import DitPatchError, SpecError, quote, suggest
+from .spec import Kind, Spec, extend, load
 
+KINDS: tuple[str, ...] = get_args(Kind)
 GROUP = "dit_patch.specs"
 
 _HERE = Path(__file__).parent
@@ -79,6 +80,21 @@ class Registry:
             return self._load(own, ())
         spec = load(path, trusted=self._trust)
         return spec if spec.extends is None else extend(self._base(spec, (spec.name,)), spec)
+
+    def selection(self, words: Iterable[str], flag: str, hint: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The kinds of sites and the names of specs among the words, each once and in order.
+
+        Raises:
+            DitPatchError: a word is neither; the message names the `flag`, and ends with the hint.
+        """
+        words = set(words)
+        for word in sorted(words.difference(KINDS)):
+            if word not in self._files:
+                raise DitPatchError(
+                    f"{flag}: {quote(word)} is no kind and no spec{suggest(word, (*KINDS, *self.names()))}\n"
+                    f"    Kinds: {', '.join(KINDS)}.\n    Specs: {', '.join(self.names()) or 'none'}.{hint}"
+                )
+        return tuple(kind for kind in KINDS if kind in words), tuple(sorted(words.difference(KINDS)))
 
     def classes(self) -> dict[str, Spec]:
         """Each class that has a spec, by its dotted name."""

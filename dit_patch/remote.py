@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.pool import RemoteTraceback
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from . import errors, handle, resolve
 from .errors import DitPatchError, UnsupportedModelError
-from .report import SiteStats, text
+from .report import Rows, SiteStats, text
 from .step_cache.stats import StepStats
 
 _OURS = "dit_patch: "
@@ -73,7 +73,7 @@ class RemoteHandle:
         self.options = options
         self._executor = executor
         self._tokens = dict(tokens)
-        self._last: _Rows | None = None
+        self._last: Rows | None = None
 
     def remove(self) -> None:
         """Take every patch back in every worker; harmless when repeated, and when the workers are gone."""
@@ -101,12 +101,12 @@ class RemoteHandle:
     @property
     def nbytes(self) -> int:
         """Bytes that all caches of all workers hold now."""
-        return sum(row.nbytes for row in self.stats())
+        return self._rows().nbytes
 
     def __str__(self) -> str:
         rows = self._rows()
-        held, allowed = sum(row.nbytes for row in rows.sites), self.options.max_bytes * len(self._tokens)
-        return text(rows.sites, allowed, held, self.options.step_cache, rows.steps)
+        allowed = self.options.max_bytes * len(self._tokens)
+        return text(rows.sites, allowed, rows.nbytes, self.options.step_cache, rows.steps)
 
     def __eq__(self, other: object) -> bool:
         return self._tokens == other._tokens if isinstance(other, RemoteHandle) else NotImplemented
@@ -120,10 +120,10 @@ class RemoteHandle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _rows(self) -> _Rows:
+    def _rows(self) -> Rows:
         return self._call() if self._last is None else self._last
 
-    def _call(self, *methods: str) -> _Rows:
+    def _call(self, *methods: str) -> Rows:
         """Call methods of every worker's handle; the rows after that."""
         answers = _ask(self._executor, _call, self._tokens, *methods)
         if any(answer.failure for answer in answers):
@@ -136,7 +136,7 @@ class RemoteHandle:
             )
         if len(answers) > 1:
             found = {rank: rows.of_rank(rank) for rank, rows in found.items()}
-        return _Rows(
+        return Rows(
             tuple(row for rows in found.values() for row in rows.sites),
             tuple(row for rows in found.values() for row in rows.steps),
         )
@@ -144,20 +144,6 @@ class RemoteHandle:
 
 class _Gone(DitPatchError):
     """The workers, or what was patched in them, are no more."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a handle has to report."""
-
-    sites: tuple[SiteStats, ...]
-    steps: tuple[StepStats, ...]
-
-    def of_rank(self, rank: int) -> _Rows:
-        def named(rows: Iterable) -> tuple:
-            return tuple(replace(row, model=f"rank {rank}: {row.model}") for row in rows)
-
-        return _Rows(named(self.sites), named(self.steps))
 
 
 @dataclass(frozen=True)
@@ -224,14 +210,14 @@ def _apply(worker: Any, options: dict[str, Any], token: str) -> _Applied:
     return _Applied(applied.token, applied.options)
 
 
-def _call(worker: Any, tokens: dict[int, str], *methods: str) -> _Rows | None:
+def _call(worker: Any, tokens: dict[int, str], *methods: str) -> Rows | None:
     """Call methods of this worker's handle; its rows after that, or None where it is not there any more."""
     existing = _existing(worker.pipeline)
     if existing is None or existing.token != tokens.get(worker.rank, ""):
         return None
     for method in methods:
         getattr(existing, method)()
-    return _Rows(tuple(existing.stats()), tuple(existing.step_stats()))
+    return Rows.of(existing)
 
 
 def _existing(pipeline: Any) -> handle.Handle | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -43,6 +43,42 @@ class SiteStats:
     fixed: bool = False
 
 
+@dataclass(frozen=True)
+class Rows:
+    """All that a handle reports, as data that outlives it."""
+
+    sites: tuple[SiteStats, ...] = ()
+    steps: tuple[StepStats, ...] = ()
+
+    @classmethod
+    def of(cls, handle: Any) -> Rows:
+        return cls(tuple(handle.stats()), tuple(handle.step_stats()))
+
+    def of_rank(self, rank: int) -> Rows:
+        """The same, with the rank in each row."""
+
+        def named(rows: Iterable) -> tuple:
+            return tuple(replace(row, model=f"rank {rank}: {row.model}") for row in rows)
+
+        return Rows(named(self.sites), named(self.steps))
+
+    def since(self, before: Rows) -> Rows:
+        """Only what has come after `before`."""
+        known = {(row.model, row.at): row for row in before.sites}
+        sites = (_difference(row, known.get((row.model, row.at))) for row in self.sites)
+        return Rows(tuple(sites), tuple(row for row in self.steps if row not in before.steps))
+
+    @property
+    def anything(self) -> bool:
+        """Whether the model was called at all."""
+        return bool(self.steps) or any(row.hits or row.misses or row.bypassed for row in self.sites)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the results of all sites hold."""
+        return sum(row.nbytes for row in self.sites)
+
+
 def site_stats(
     model: str, module: Any, spec: str, site: Any, patches: Sequence, notes: Mapping[str, str], *, ran: bool
 ) -> SiteStats:
@@ -54,7 +90,7 @@ def site_stats(
     said = [notes[site.at]] if site.at in notes else []
     said += [f"fix on: {name} is the forward's {of.partition('.')[2]}" for name, of in site.bind.items() if fixed]
     said += [f"switched off: {memo.off}" for memo in memos if memo.off][:1]
-    said += [f"bypassed {count}: {reason}" for reason, count in bypassed.most_common()]
+    said += _bypassed(bypassed)
     if site.key and misses > 1 and not hits:
         said.append(_NEVER_HIT.get(site.kind, "never hit: something in its key differs at each call"))
     if site.unused:
@@ -79,6 +115,25 @@ def site_stats(
         seconds_saved=sum(memo.cache.hits * memo.seconds for memo in memos if isfinite(memo.seconds)),
         notes=tuple(said),
         fixed=fixed,
+    )
+
+
+def _bypassed(reasons: Counter[str]) -> list[str]:
+    return [f"bypassed {count}: {reason}" for reason, count in reasons.most_common()]
+
+
+def _difference(row: SiteStats, before: SiteStats | None) -> SiteStats:
+    if before is None:
+        return row
+    bypassed, earlier = Counter(row.bypassed), Counter(before.bypassed)
+    return replace(
+        row,
+        hits=row.hits - before.hits,
+        misses=row.misses - before.misses,
+        bypassed=dict(bypassed - earlier),
+        evictions=row.evictions - before.evictions,
+        seconds_saved=row.seconds_saved - before.seconds_saved,
+        notes=(*(note for note in row.notes if note not in _bypassed(bypassed)), *_bypassed(bypassed - earlier)),
     )
 
 

@@ -47,6 +47,12 @@ class Frame:
         return value
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """All that were given and have names, by them."""
+        named = {name: self.args[at] for name, at in self.positions.items() if at < len(self.args)}
+        return named | self.kwargs
+
+    @property
     def device(self) -> torch.device | None:
         """Where the model runs: the device of its first tensor argument."""
         for value in (*self.args, *self.kwargs.values()):

@@ -416,6 +416,10 @@ class Spec(_Declared):
         """The file:line:column of a top-level key, for messages; the spec's name where it was not read from text."""
         return self._starts.get((key,), self._name)
 
+    def called(self, site: Site) -> str:
+        """How messages call one of its sites: `diffusers/wan: rope.forward (specs/diffusers/wan.yaml:9)`."""
+        return f"{self.name}: {site.at} ({site.origin})"
+
     def bench_case(self, name: str) -> Case:
         """One of the real sizes in full; a copy, to be handed on to the model as it is."""
         if name not in self.bench or self.mini is None:

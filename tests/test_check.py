@@ -194,6 +194,8 @@ def test_a_model_that_cannot_be_had_is_said_with_the_reason(check, change, said)
 def test_errors_of_the_command_are_one_line_each(tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "half.json").write_text("{")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "bare.yaml").write_text("model: a.B\nsites:\n  - {at: rope.forward, kind: rope}\n")
     for arguments, said in (
         (["diffusers/wam"], "did you mean `diffusers/wan`?"),
@@ -203,7 +205,10 @@ def test_errors_of_the_command_are_one_line_each(tmp_path, capsys):
         (["diffusers/wan", "--config", str(tmp_path / "half.json")], "is not JSON"),
         (["diffusers/wan", "--config", str(tmp_path / "list.json")], "expected a model's config.json"),
         (["diffusers/wan", "--model", str(tmp_path)], "has no config.json"),
+        (["diffusers/wan", "--model", str(tmp_path / "broken")], "is not JSON"),
         (["diffusers/wan", "--dtype", "bfloat17"], "`bfloat17` is no dtype"),
+        (["diffusers/wan", "--dtype", "vae=float32"], "`vae=float32` is no dtype"),
+        (["diffusers/wan", "--device", "cpuu"], "`cpuu` is no device"),
     ):
         assert cli.main(["check", *arguments]) == 1
         err = capsys.readouterr().err

@@ -3,16 +3,13 @@
 `distributed.py` is what torchrun runs, once for all cases; one process does alone what needs no other rank.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("diffusers")
 
+import torchrun
 from distributed import CONTEXT, LIMIT, ORDERS, RANKS, SHARDED, STEPS, context_parallel, specs
 
 from dit_patch.mini import PASSES
@@ -27,28 +24,8 @@ GATHERED = "its weights are sharded by FSDP2, where changes in a shard leave no 
 def reports(tmp_path_factory):
     """What each rank reports, in order; and what a process alone does."""
     folder = tmp_path_factory.mktemp("distributed")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    running = [start(folder), start(folder, *torchrun)]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=LIMIT + 60)
-            assert process.returncode == 0, output[-5000:]
-    finally:
-        for process in running:
-            process.terminate()  # torchrun ends its ranks when told so; killed, it would leave them behind
-            process.wait()
-    alone, *ranks = (json.loads((folder / f"{name}.json").read_text()) for name in ("alone", *range(RANKS)))
+    alone, ranks = torchrun.reports(PROGRAM, folder, RANKS, LIMIT + 60, CUDA_VISIBLE_DEVICES="")
     return ranks, alone
-
-
-def start(folder, *launcher):
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(PROGRAM), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ import toys
 import dit_patch
 from dit_patch import mini, resolve, verify, wrapped
 from dit_patch.errors import DitPatchError, SiteError, UnsupportedModelError, VersionError
-from dit_patch.handle import KINDS
 from dit_patch.keys import same_bits
-from dit_patch.registry import Registry
+from dit_patch.registry import KINDS, Registry
 from dit_patch.scope import scope_of
 
 SITES = """

@@ -3,15 +3,12 @@
 `sequence_parallel.py` is what torchrun runs, here once for all cases; one process does the same alone beside it.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torchrun
 from conftest import skip_unless_installed
 from sequence_parallel import CASES, LIMIT, RANKS, ROPE, SIZES, SPECS, STEPS
 
@@ -46,28 +43,8 @@ def reports(tmp_path_factory):
     if torch.cuda.is_available():
         pytest.skip("FastVideo takes a GPU where there is one, and each rank one of its own")
     folder = tmp_path_factory.mktemp("sequence_parallel")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    running = [start(folder), start(folder, *torchrun)]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=LIMIT + 60)
-            assert process.returncode == 0, output[-5000:]
-    finally:
-        for process in running:
-            process.terminate()  # torchrun ends its ranks when told so; killed, it would leave them behind
-            process.wait()
-    alone, *ranks = (json.loads((folder / f"{name}.json").read_text()) for name in ("alone", *range(RANKS)))
+    alone, ranks = torchrun.reports(PROGRAM, folder, RANKS, LIMIT + 60)
     return {name: Reports([rank[name] for rank in ranks], alone[name]) for name in CASES}
-
-
-def start(folder, *launcher):
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(PROGRAM), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def joined(parts):

@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -306,54 +307,51 @@ def bare(blocks=4):
     return spec, case, mini.build(spec, case)
 
 
-def test_m_two_threads_in_one_forward():
-    spec, case, model = bare()
-    calls = stepping.steps(spec, case)
+@contextmanager
+def a_forward_that_waits(model, calls):
+    """In another thread, inside the first block, until it is told to go on; what it raises is noted."""
     inside, go, errors = threading.Event(), threading.Event(), []
 
     def wait(*_):
         inside.set()
         go.wait(30)
 
-    with dit_patch.apply(model, step_cache=stepping.EAGER):
-        hook = model.blocks[0].register_forward_hook(wait)
-        thread = threading.Thread(target=lambda: verify.run(model, calls[:1]))
-        thread.start()
-        assert inside.wait(30)
+    def forward():
         try:
-            with pytest.raises(StepCacheError, match="another thread"):
-                verify.run(model, calls[:1])
-        finally:
-            hook.remove()
-            go.set()
-            thread.join()
+            verify.run(model, calls[:1])
+        except Exception as error:
+            errors.append(error)
+
+    hook = model.blocks[0].register_forward_hook(wait)
+    thread = threading.Thread(target=forward)
+    thread.start()
+    try:
+        assert inside.wait(30)
+        yield go, errors
+    finally:
+        hook.remove()
+        go.set()
+        thread.join()
+
+
+def test_m_two_threads_in_one_forward():
+    spec, case, model = bare()
+    calls = stepping.steps(spec, case)
+    with dit_patch.apply(model, step_cache=stepping.EAGER):
+        with a_forward_that_waits(model, calls) as (_, errors), pytest.raises(StepCacheError, match="another thread"):
+            verify.run(model, calls[:1])
         assert type(model.blocks) is torch.nn.ModuleList and not errors
 
 
 def test_m_another_thread_that_begins_while_a_forward_runs():
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
-    inside, go = threading.Event(), threading.Event()
-
-    def wait(*_):
-        inside.set()
-        go.wait(30)
-
     with dit_patch.apply(model, step_cache=stepping.EAGER) as handle:
-        hook = model.blocks[0].register_forward_hook(wait)
-        thread = threading.Thread(target=lambda: verify.run(model, calls[:1]))
-        thread.start()
-        assert inside.wait(30)
-        handle.begin_generation()
-        go_on = threading.Timer(2, go.set)  # or a second forward would wait in the same hook
-        go_on.start()
-        try:
+        with a_forward_that_waits(model, calls) as (go, _):
+            handle.begin_generation()
+            threading.Timer(2, go.set).start()  # or a second forward would wait in the same hook
             with pytest.raises(StepCacheError, match="another thread"):
                 verify.run(model, calls[:1])
-        finally:
-            hook.remove()
-            go.set()
-            thread.join()
         assert type(model.blocks) is torch.nn.ModuleList
 
 

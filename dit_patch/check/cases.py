@@ -58,15 +58,7 @@ def configured(spec: Spec, path: Path) -> Subject:
         SpecError: there is no mini to take sizes and inputs from.
         DitPatchError: the file cannot be read.
     """
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DitPatchError(f"--config: {quote(path)}: {error.strerror}") from error
-    except ValueError as error:
-        raise DitPatchError(f"--config: {quote(path)} is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise DitPatchError(f"--config: {quote(path)} holds a {type(given).__name__}; expected a model's config.json")
-    given = {name: value for name, value in given.items() if not name.startswith("_")}
+    given = _settings(path, "--config")
     like, case = nearest(spec, given)
     case = case.model_copy(update={"config": shrunk(given, case.config)})
     return Subject(f"{path.name} made small like {like}", case, (torch.float32, torch.bfloat16))
@@ -82,7 +74,7 @@ def weighted(spec: Spec, path: Path, dtype: torch.dtype) -> Subject:
     folder = next((each for each in (path, path / "transformer") if (each / "config.json").is_file()), None)
     if folder is None:
         raise DitPatchError(f"--model: {quote(path)} has no config.json; give the folder of a saved model or pipeline")
-    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    given = _settings(folder / "config.json", "--model")
     like, case = nearest(spec, given)
     case = case.model_copy(update={"config": {**case.config, **given}})
     return Subject(f"{path.name} with inputs like {like}", case, (dtype,), folder)
@@ -109,6 +101,19 @@ def shrunk(config: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any
             for name, value in config.items()
         },
     }
+
+
+def _settings(path: Path, flag: str) -> dict[str, Any]:
+    """What a model's config.json says of the model, without what diffusers says of itself there."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DitPatchError(f"{flag}: {quote(path)}: {error.strerror}") from error
+    except ValueError as error:
+        raise DitPatchError(f"{flag}: {quote(path)} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise DitPatchError(f"{flag}: {quote(path)} holds a {type(given).__name__}; expected a model's config.json")
+    return {name: value for name, value in given.items() if not name.startswith("_")}
 
 
 def _mode(value: Any) -> Any:

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from .. import scope, wrapped
+from .. import mini, scope, wrapped
 from ..cache import map_tensors, mask_parts
-from ..keys import Argument, Uncacheable
+from ..keys import Argument, Uncacheable, flat
 from ..patch import Patch
-from ..scope import Frame, Scope
-from ..spec import Spec
+from ..scope import Scope
+from ..spec import Case, Spec
 
 FACETS = ("shape", "dtype", "device", "identity", "values")
-_METADATA = ("shape", "dtype", "device")
-_COARSER = (("shape",), _METADATA, ("identity",), ("values",))
+METADATA = ("shape", "dtype", "device")
+_COARSER = (("shape",), METADATA, ("identity",), ("values",))
 """What to try in place of a key that is too fine, from what costs least."""
 
 
@@ -42,6 +42,18 @@ class Call:
     result: str
     plain: set[str] = field(default_factory=set)  # arguments without a tensor, which always count
     given: Any = None  # the arguments, held lest the address of one be used again
+
+
+def generations(case: Case, steps: int, **options: Any) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+    """The forwards of a generation of each size, and of the first size once more with other inputs; and the generation
+    and the step of each forward."""
+    passes = 1 if case.rollout else len(mini.PASSES)
+    forwards, moments = [], []
+    for generation, size in enumerate([*case.sizes, case.sizes[0]]):
+        for number, arguments in enumerate(mini.forwards(case, size, steps=steps, generation=generation, **options)):
+            forwards.append(arguments)
+            moments.append((generation, number // passes))
+    return forwards, moments
 
 
 def record(
@@ -91,7 +103,7 @@ class _Probe:
         ordinal = frame.calls.get(self, 0)
         frame.calls[self] = ordinal + 1
         given = dict(zip(self.patch.parameters, args)) | kwargs
-        given |= {f"model.{name}": value for name, value in _arguments(frame).items()}
+        given |= {f"model.{name}": value for name, value in frame.arguments.items()}
         call = Call(self.state.forward, self.state.moment, ordinal, {}, digest(result), given=given)
         for name, value in given.items():
             try:
@@ -181,12 +193,10 @@ def uncounted(
     for path, holder in list(model.named_modules()):
         own = {name: each for name, each in holder._parameters.items() if each is not None}
         # What the model holds itself has no module to be named by.
-        for cause, weights in (
-            {path: [*own.values()]}.items() if path else ((name, [each]) for name, each in own.items())
-        ):
-            if weights:
-                with _changed(weights):
-                    look(arguments, cause, weights)
+        groups = {name: [each] for name, each in own.items()} if not path else {path: [*own.values()]} if own else {}
+        for cause, weights in groups.items():
+            with _changed(weights):
+                look(arguments, cause, weights)
     return {at: causes for at, causes in found.items() if causes}
 
 
@@ -245,9 +255,8 @@ def digest(value: Any) -> str:
     found = hashlib.sha256()
     for leaf in _leaves(value):
         if isinstance(leaf, torch.Tensor):
-            flat = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
             found.update(repr((leaf.shape, leaf.dtype)).encode())
-            found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            found.update(flat(leaf).cpu().view(torch.uint8).numpy().tobytes() if leaf.numel() else b"")
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()
@@ -290,11 +299,6 @@ def _keys(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> list[Hashabl
         return (call.ordinal if borrows else 0, *always, *said)
 
     return [of(call) for call in calls]
-
-
-def _arguments(frame: Frame) -> dict[str, Any]:
-    named = {name: frame.args[at] for name, at in frame.positions.items() if at < len(frame.args)}
-    return named | frame.kwargs
 
 
 def _leaves(value: Any) -> Iterable[Any]:

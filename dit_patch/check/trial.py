@@ -71,10 +71,9 @@ def run(
         return result
     for subject in subjects:
         for dtype in subject.dtypes:
-            trial = _Trial(result, subject, dtype, device)
-            trial.run()
-            result.trials += trial.lines
-            for line in trial.lines:
+            line = _Trial(result, subject, dtype, device).run()
+            if line is not None:
+                result.trials.append(line)
                 say(line)
     _judge(result, whole=all(subject.own for subject in subjects))
     return result
@@ -86,14 +85,16 @@ class _Trial:
     def __init__(self, result: Result, subject: Subject, dtype: torch.dtype, device: torch.device | str) -> None:
         self.result, self.subject, self.dtype, self.device = result, subject, dtype, device
         self.spec = result.spec
-        self.lines: list[str] = []
         self.finer: dict[str, str] = {}
         self.where = f"{subject.name}, {str(dtype).removeprefix('torch.')}"
 
-    def run(self) -> None:
+    def run(self) -> str | None:
+        """What came of it, in a line; None where the model cannot be had at all, which is a problem."""
         try:
             model = self.subject.build(self.spec, self.dtype, self.device)
-            forwards, moments, single = self._forwards()
+            case, options = self.subject.case, {"dtype": self.dtype, "device": self.device}
+            forwards, moments = probe.generations(case, STEPS, **options)
+            single = list(mini.forwards(case, case.sizes[0], steps=STEPS, passes=mini.PASSES[:1], **options))
             with self._around():
                 plain = verify.run(model, forwards)
         except DitPatchError as error:
@@ -102,7 +103,7 @@ class _Trial:
             what = f"the unpatched model cannot be built or called so: {type(error).__name__}: {error}"
             if self.dtype is self.subject.dtypes[0]:
                 return self._problem(f"{self.subject.name}: {what}")
-            return self.lines.append(f"{self.where:<34}  not tried: {what}")
+            return f"{self.where:<34}  not tried: {what}"
         spec, patches = self._live(model)
         with self._around():
             self._probe(model, patches, forwards, moments)
@@ -116,21 +117,7 @@ class _Trial:
             if self.dtype is self.subject.dtypes[0]:
                 said += self._times(model, spec, forwards)
                 said += self._stepped(model, forwards, plain) if not wrong else []
-        self.lines.append(f"{self.where:<34}  {'  '.join(said)}")
-
-    def _forwards(self) -> tuple[list[dict], list[tuple[int, int]], list[dict]]:
-        """A generation of each size, two passes a step, then the first size with other inputs, with the generation and
-        the step of each forward; and a generation of one pass."""
-        case = self.subject.case
-        options = {"steps": STEPS, "dtype": self.dtype, "device": self.device}
-        sizes = [*case.sizes, case.sizes[0]]
-        passes = 1 if case.rollout else len(mini.PASSES)
-        forwards, moments = [], []
-        for generation, size in enumerate(sizes):
-            for number, arguments in enumerate(mini.forwards(case, size, generation=generation, **options)):
-                forwards.append(arguments)
-                moments.append((generation, number // passes))
-        return forwards, moments, list(mini.forwards(case, sizes[0], passes=mini.PASSES[:1], **options))
+        return f"{self.where:<34}  {'  '.join(said)}"
 
     def _around(self) -> AbstractContextManager:
         """FastVideo's stages keep some of what they pass on in float32, and rely on autocast for the rest."""
@@ -176,7 +163,7 @@ class _Trial:
             self.result.sites[site.at].equal = False
             remedy = f"`{finer}` would tell them apart" if finer else "no one argument tells them apart; see `reads`"
             self._problem(
-                f"{self._called(site)}{_COARSE}: it takes the calls in forwards {one.forward} and "
+                f"{self.spec.called(site)}{_COARSE}: it takes the calls in forwards {one.forward} and "
                 f"{other.forward} of the {self.subject.name} for the same, and their results differ; {remedy}"
             )
         elif (coarser := probe.too_fine(calls, site.key)) is not None:
@@ -184,7 +171,7 @@ class _Trial:
 
     def _uncounted(self, record: SiteRecord, causes: list[str]) -> None:
         record.equal = False
-        where = f"{self._called(record.site)}{_COARSE}"
+        where = f"{self.spec.called(record.site)}{_COARSE}"
         arguments = [cause for cause in causes if cause.startswith("model.")]
         weights = [cause for cause in causes if cause not in arguments]
         if arguments and not any(said.startswith(where) for said in self._coarse()):
@@ -195,9 +182,6 @@ class _Trial:
                 f"{where}: its arguments are computed with weights that do not count; "
                 f"`reads: [{', '.join(weights)}]` would have them counted"
             )
-
-    def _called(self, site: Site) -> str:
-        return f"{self.spec.name}: {site.at} ({site.origin})"
 
     def _patched(
         self, model: torch.nn.Module, spec: Spec, forwards: list[dict], plain: list, check: str, steps: int = 0
@@ -234,14 +218,11 @@ class _Trial:
             for site_patch in member.sites.get(row.at, ()):
                 memo = site_patch.memo
                 record.seconds = min(record.seconds, memo.seconds)
-                if memo.off or (isinstance(site_patch, Patch) and site_patch.site.use and self._refused(site_patch)):
+                unequal = isinstance(site_patch, Patch) and site_patch.site.use and site_patch.replacement is None
+                if memo.off or unequal:
                     record.equal = False
             for reason in row.bypassed:
                 record.notes[f"bypassed: {reason}"] = None
-
-    @staticmethod
-    def _refused(site_patch: Patch) -> bool:
-        return site_patch.replacement is None
 
     def _times(self, model: torch.nn.Module, spec: Spec, forwards: list[dict]) -> list[str]:
         """Unpatched over patched time of all forwards, medians of turns side by side."""
@@ -308,7 +289,7 @@ def _judge(result: Result, *, whole: bool) -> None:
     """What can only be said when all trials are over. `whole`: the spec's minis were all tried."""
     for record in result.sites.values():
         site = record.site
-        called = f"{result.spec.name}: {site.at} ({site.origin})"
+        called = result.spec.called(site)
         if not record.equal or any(called in problem for problem in result.problems):
             continue
         if site.at.startswith("pipeline:"):

@@ -38,24 +38,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
+    from .. import loading
     from ..check import cases, trial
-    from ..errors import DitPatchError, quote
     from ..quiet import quiet_upstream
     from ..registry import Registry
 
     registry = Registry(options.spec_dir, trust=options.trust_specs)
     is_file = options.spec.endswith((".yaml", ".yml")) or Path(options.spec).is_file()
     spec = registry.read(options.spec) if is_file else registry.get(options.spec)
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise DitPatchError(f"--dtype: {quote(options.dtype)} is no dtype of torch")
+    dtype, device = loading.one_dtype(options.dtype), loading.device(options.device)
     if options.model is not None:
         subjects = [cases.weighted(spec, options.model, dtype)]
     elif options.config is not None:
         subjects = [cases.configured(spec, options.config)]
     else:
         subjects = cases.minis(spec)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.model is None:
         torch.set_num_threads(1)  # minis are too small to share
     print(f"{spec.name}  ({spec.path})\n{', '.join(name.rpartition('.')[2] for name in spec.classes)}\n")

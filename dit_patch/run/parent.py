@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from ..errors import DitPatchError, quote, suggest
+from ..errors import DitPatchError, quote
 from ..flags import AUTO, VARIABLES, Choice
 from ..journal import own_path, save
 from .folder import CLASSES, FOLDER, SITE, STRICT
@@ -63,20 +63,12 @@ def _classes(choice: Choice) -> list[str]:
         DitPatchError: something of the choice does not exist, or a spec cannot be read.
     """
     from ..registry import Registry
-    from ..spec import Kind
     from ..step_cache import StepCache
 
-    registry, kinds = Registry(choice.spec_dir, trust=choice.trust_specs), get_args(Kind)
-    words = choice.options["only"] or ()
-    for word in words:
-        if word not in kinds and word not in registry.names():
-            raise DitPatchError(
-                f"--patch-model: {quote(word)} is no kind and no spec{suggest(word, (*kinds, *registry.names()))}\n"
-                f"    Kinds: {', '.join(kinds)}. Specs: dit-patch list.\n"
-                "    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
-            )
+    registry = Registry(choice.spec_dir, trust=choice.trust_specs)
+    hint = "\n    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
+    _, names = registry.selection(choice.options["only"] or (), "--patch-model", hint)
     StepCache.of(choice.options["step_cache"])
-    names = {word for word in words if word not in kinds}
     return [name for name, spec in registry.classes().items() if not names or spec.name in names]
 
 

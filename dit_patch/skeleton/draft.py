@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from .. import mini, verify
+from ..check import probe
 from ..errors import DitPatchError, quote, suggest
 from ..spec import Mini, Spec
 from . import guess, observe
@@ -81,11 +82,7 @@ def _look(made: Draft, name: str, own: Mini) -> None:
     spec = Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own)
     case = own.case()
     model = mini.build(spec, case)
-    forwards, moments = [], []
-    for generation, size in enumerate([*case.sizes, case.sizes[0]]):
-        for number, arguments in enumerate(mini.forwards(case, size, steps=STEPS, generation=generation)):
-            forwards.append(arguments)
-            moments.append((generation, number // len(mini.PASSES)))
+    forwards, moments = probe.generations(case, STEPS)
     verify.run(model, mini.fresh(forwards))
     made.forwards = len(forwards)
     made.blocks = observe.patterns(model, mini.fresh(forwards))

@@ -21,8 +21,8 @@ _WIDTH = (("num_attention_heads", "n_heads", "num_heads"), ("attention_head_dim"
 _UNPACKED = re.compile(r"^\s*([\w, ]+?)\s*=\s*(?:hidden_states|x|latents)\.(?:shape|size\(\))\s*$", re.MULTILINE)
 _SMALL = (
     # A pattern of the parameter's name, its defaults above which it is made small, and how small.
-    (r"(num|n)_.*(layers|blocks)$|^(num|n)_layers$|depth$", 0, 2),
-    (r"(num|n)_.*heads$|^num_heads$", 0, 2),
+    (r"(num|n)_.*(layers|blocks)$|depth$", 0, 2),
+    (r"(num|n)_.*heads$", 0, 2),
     (r"head_dim$", 0, HEAD_DIM),
     (r"(in|out)_channels$|_visual_dim$", 16, 4),
     (r"max_.*len|max_sequence_length", 64, 64),
@@ -33,7 +33,7 @@ _SMALL = (
 
 def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
     """The parameters of the constructor that decide how large the model is, made small."""
-    given = {name: each.default for name, each in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    given = _defaults(cls)
     small: dict[str, Any] = {}
     for name, default in given.items():
         if isinstance(default, bool) or not isinstance(default, int):
@@ -43,7 +43,7 @@ def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
             small[name] = min(size, default)
     inner = _inner(given)
     for name, default in given.items():
-        if inner is not None and default == inner and name not in ("ffn_dim",):
+        if inner is not None and default == inner and name != "ffn_dim":
             small[name] = _inner({**given, **small})
     heads = [value for name, value in given.items() if re.search(r"head_dim$", name) and isinstance(value, int)]
     for name, default in given.items():
@@ -53,9 +53,7 @@ def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
     return small
 
 
-def inputs(
-    model: torch.nn.Module, settings: Mapping[str, Any], guesses: Mapping[str, Any] | None = None
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def inputs(model: torch.nn.Module, settings: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Recipes for the arguments of the model's forward, and the names of those that nothing could be guessed for."""
     own = {**_defaults(type(model)), **settings}
     text = next((name for name in _TEXT if type(own.get(name)) is int), None)

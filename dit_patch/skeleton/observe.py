@@ -22,7 +22,6 @@ from ..patch import Means, Patch
 from ..source import fingerprint
 from ..spec import Site, Spec
 
-METADATA = ("shape", "dtype", "device")
 SINUSOID = "dit_patch.functions.sinusoid:timesteps"
 _TRIVIAL = {f"torch.nn.modules.{name}" for name in ("activation", "container", "dropout")}
 _ROPE = re.compile(r"rope|rotary|pos_?emb|position", re.IGNORECASE)
@@ -134,7 +133,7 @@ def _propose(patch: Patch, calls: list[probe.Call], lent: Sequence[str]) -> Prop
 
 def _keys(own: Sequence[str], lent: Sequence[str]) -> Iterator[dict[str, tuple[str, ...]]]:
     """Keys from coarse to fine: sizes alone where no content counts, own content, sizes with the model's arguments."""
-    sizes = dict.fromkeys(own, METADATA)
+    sizes = dict.fromkeys(own, probe.METADATA)
     if not lent:
         yield sizes
     for count in range(1, len(own) + 1):

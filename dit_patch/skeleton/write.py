@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from .observe import BlockList, Proposal
+from .observe import SINUSOID, BlockList, Proposal
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Draft:
     unknown: Sequence[str] = ()
     problem: str | None = None
     forwards: int = 0
-    own_mini: bool = field(default=False)
+    own_mini: bool = False
 
 
 def text(draft: Draft) -> str:
@@ -49,9 +49,8 @@ def _requires(name: str) -> list[str]:
 
 def _blocks(draft: Draft) -> list[str]:
     if not draft.blocks:
-        return (
-            ["# No list of blocks was seen to be called, so nothing can be step-cached."] if not draft.problem else []
-        )
+        none = "# No list of blocks was seen to be called, so nothing can be step-cached."
+        return [] if draft.problem else [none]
     lines = ["blocks:"]
     for each in draft.blocks:
         if "." in each.at:
@@ -93,7 +92,7 @@ def _sites(draft: Draft) -> list[str]:
         if each.reads:
             lines.append(f"    reads: {_flow(list(each.reads))}")
         if each.source:
-            lines.append("    use: dit_patch.functions.sinusoid:timesteps  # its frequencies are made once")
+            lines.append(f"    use: {SINUSOID}  # its frequencies are made once")
             lines.append(f"    source: {each.source}")
         lines.append("")
     return lines[:-1]
@@ -101,12 +100,8 @@ def _sites(draft: Draft) -> list[str]:
 
 def _mini(draft: Draft) -> list[str]:
     mini = draft.mini
-    lines = (
-        []
-        if draft.own_mini
-        else ["# Guessed from names: a model that is as small as it can be, and calls as a pipeline makes them."]
-    )
-    lines.append("mini:")
+    guessed = "# Guessed from names: a model that is as small as it can be, and calls as a pipeline makes them."
+    lines = ["mini:"] if draft.own_mini else [guessed, "mini:"]
     for name in ("host", "rollout"):
         if mini.get(name):
             lines.append(f"  {name}: {mini[name]}")
@@ -114,14 +109,11 @@ def _mini(draft: Draft) -> list[str]:
     if mini.get("inputs"):
         lines += ["  inputs:", *(f"    {name}: {_flow(recipe)}" for name, recipe in mini["inputs"].items())]
     lines += [f"    {name}: {{value: null}}  # to be filled in" for name in draft.unknown]
-    for name, variant in mini.get("variants", {}).items():
-        lines += ["  variants:"] if "  variants:" not in lines else []
-        lines.append(f"    {name}: {_flow(variant)}")
-    if not mini.get("variants"):
-        lines.append(
-            "  # variants:  one for each mode of the model that reaches other code, as the difference from the above"
-        )
-    return lines
+    variants = mini.get("variants")
+    if not variants:
+        none = "  # variants:  one for each mode of the model that reaches other code, as the difference from the above"
+        return [*lines, none]
+    return [*lines, "  variants:", *(f"    {name}: {_flow(variant)}" for name, variant in variants.items())]
 
 
 def _flow(value: Any) -> str:

@@ -36,7 +36,8 @@ def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sam
     Raises:
         StepCacheError: it does not return frames.
     """
-    models, device = [model for model, _ in transformers(pipeline).values()], device_of(pipeline)
+    models = [model for model, _ in transformers(pipeline).values()]
+    device = next(models[0].parameters()).device
     asked = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt", **call}
     with _timed(models, device) as forwards:
         start = _now(device)
