@@ -113,6 +113,7 @@ _FACETS: dict[str, Callable[[torch.Tensor], Hashable]] = {
     "identity": _identity,
     "values": _values,
 }
+_READ = {**_FACETS, "stride": torch.Tensor.stride}
 
 
 class Argument:
@@ -122,7 +123,7 @@ class Argument:
 
     def __init__(self, name: str, facets: Iterable[str] | None, where: str) -> None:
         self.name, self.where = name, where
-        self.facets = None if facets is None else tuple((facet, _FACETS[facet]) for facet in facets)
+        self.facets = None if facets is None else tuple((facet, _READ[facet]) for facet in facets)
         self.only = self.facets[0][1] if self.facets and len(self.facets) == 1 else None
 
     def part(self, value: Any, pins: Pins | None) -> Hashable:

@@ -31,7 +31,7 @@ class Call(Protocol):
         """What the key depends on staying alive."""
 
     def signature(self) -> Hashable:
-        """Shapes, dtypes and devices of the arguments: what is checked once for each."""
+        """Shapes, strides, dtypes and devices of the arguments: what is checked once for each."""
 
     def sources(self) -> list[torch.Tensor]:
         """Tensors of others that a result might be a view of."""
@@ -189,9 +189,9 @@ def _contents(key: tuple) -> Iterator[Content]:
 
 
 def same(stored: Any, fresh: Any) -> bool:
-    """Equality of two results: containers, plain values, and strides and bits of every tensor."""
+    """Equality of two results: containers, plain values, and every tensor's bits and strides, where those matter."""
     if isinstance(stored, torch.Tensor) and isinstance(fresh, torch.Tensor):
-        return stored.stride() == fresh.stride() and same_bits(stored, fresh)
+        return _strides(stored) == _strides(fresh) and same_bits(stored, fresh)
     if type(stored) is not type(fresh):
         return False
     if isinstance(stored, (tuple, list)):
@@ -201,3 +201,8 @@ def same(stored: Any, fresh: Any) -> bool:
     if type(stored).__name__ == "BlockMask":
         return same(mask_parts(stored), mask_parts(fresh))
     return repr(stored) == repr(fresh)  # nan is itself, and 0.0 is not -0.0
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Its strides, but for dimensions of one element, from which there is no step to take."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]

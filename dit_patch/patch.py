@@ -20,6 +20,7 @@ from . import scope, wrapped
 from .cache import Budget, map_tensors
 from .errors import SiteError, suggest
 from .keys import Pins, Plan, Uncacheable, ambient, capturing
+from .local import Locals
 from .memo import Memo, same
 from .scope import Frame
 from .spec import Site
@@ -52,7 +53,7 @@ class Patch:
 
     Args:
         site: what the spec says.
-        owner: the module, Python module or stage of a pipeline that holds the attribute.
+        owner: the module, Python module, stage of a pipeline or function that holds the attribute.
         means: what the site's names stand for here.
         where: `diffusers/wan: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
         fixes: whether `bind:` is on.
@@ -80,8 +81,8 @@ class Patch:
         self.parameters, anything = _parameters(wrapped.innermost(owner, name))
         _check_names(site, self.parameters, anything, means, where)
         self.plan = Plan(self.parameters, site.key, where)
-        self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device"))
-        self._everywhere = isinstance(owner, ModuleType)
+        self._everything = Plan(self.parameters, {}, where, default=("shape", "dtype", "device", "stride"))
+        self._everywhere = isinstance(owner, (ModuleType, Locals))
         modules = [*([owner] if isinstance(owner, torch.nn.Module) else []), *means.modules]
         self._state = None
         if modules or means.weights:
@@ -178,8 +179,9 @@ class Patch:
             if self._unread is not None and self._unread(frame):
                 return self._stand_in(original, args, kwargs, frame)
             if self._unkeyed:
+                result = self.place(self.replace(original, args, kwargs), frame)
                 memo.cache.hits += 1
-                return self.place(self.replace(original, args, kwargs), frame)
+                return result
             key = self._key(around, ordinal, args, kwargs, frame)
         except Uncacheable as reason:
             memo.bypass(str(reason))

@@ -9,11 +9,13 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from .errors import SiteError, UnsupportedModelError, quote, suggest
+from .local import Locals
 
 
 def models(target: Any) -> dict[str, torch.nn.Module]:
@@ -194,6 +196,21 @@ def _global(model: torch.nn.Module, at: str, where: str) -> tuple[Any, str]:
             module = import_module(place)
         except ImportError as error:
             raise SiteError(f"{where}: cannot import `{place}`: {error}") from error
+    if "<locals>" in name:
+        return _inside(module, *name.split(".<locals>."), where)
     if not callable(vars(module).get(name)):
         raise SiteError(f"{where}: {module.__name__} has no function `{name}`{suggest(name, vars(module))}")
     return module, name
+
+
+def _inside(module: Any, path: str, name: str, where: str) -> tuple[Any, str]:
+    """The function `name` that the function at `path` defines."""
+    outer = module
+    for step in path.split("."):
+        outer = vars(outer).get(step) if hasattr(outer, "__dict__") else None
+    if not isinstance(outer, FunctionType):
+        raise SiteError(f"{where}: {module.__name__} has no function `{path}` that is plain Python")
+    functions = vars(Locals(outer))
+    if name not in functions:
+        raise SiteError(f"{where}: `{path}` defines no function `{name}` of its own{suggest(name, functions)}")
+    return Locals(outer), name

@@ -130,7 +130,8 @@ class Site(_Declared):
 
     at: Address = Field(
         description="What is called: `path.to.attribute` from the model (`*` is any one step), `forward:name` for a "
-        "global as the model's forward sees it, `package.module:name` for a global elsewhere, `pipeline:name` for a "
+        "global as the model's forward sees it, `package.module:name` for a global elsewhere, "
+        "`package.module:Class.method.<locals>.name` for a function that a method defines, `pipeline:name` for a "
         "method of the pipeline's stages that run the model, or `a..b` for the tensor code that the forward runs "
         "between leaving submodule a (with no a: its beginning) and entering submodule b."
     )

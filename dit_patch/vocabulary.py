@@ -22,6 +22,7 @@ _BRANCH = rf"(?:{_STEP}|\*)(?:\.(?:{_STEP}|\*))*"
 _SPAN = rf"(?:{_BRANCH})?\.\.{_BRANCH}"
 _ATTRIBUTE = rf"(?:(?:{_STEP}|\*)\.)*{_IDENTIFIER}"
 _GLOBAL = rf"{_MODULE}:{_IDENTIFIER}"
+_LOCAL = rf"{_MODULE}:{_MODULE}\.<locals>\.{_IDENTIFIER}"
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ SubmodulePath = Annotated[str, _Shape(_PATH, "the path of a submodule, such as `
 Address = Annotated[
     str,
     _Shape(
-        rf"{_SPAN}|{_ATTRIBUTE}|{_GLOBAL}",
+        rf"{_SPAN}|{_ATTRIBUTE}|{_GLOBAL}|{_LOCAL}",
         "an address; it is `path.to.attribute` (`*` is any one step, not the last), `forward:name`, `pipeline:name`, "
-        "`package.module:name`, or `a..b` for the span between two submodules",
+        "`package.module:name`, `package.module:Class.method.<locals>.name`, or `a..b` for the span between two "
+        "submodules",
     ),
 ]
 AttributePath = Annotated[

@@ -290,7 +290,7 @@ def matrixgame3(clips, steps, layers, base, memories):
         # Numbers of frames; and nine ranges and numbers, of which three differ, as the table is made, and checked.
         "..patch_embedding": (every + ALL * with_memory + 2 * 9, clips + memories + 3),
         "forward:_apply_rope_with_frame_indices": (rotations, 0),
-        "dit_patch.functions.matrixgame3:expansion": (rotations, clips + memories),
+        "dit_patch.functions.matrixgame:expansion": (rotations, clips + memories),
         SINUSOID: (timesteps + base, 0),
         EMBEDDER: (every, timesteps),
         MODULATION: (every, timesteps),

@@ -299,7 +299,11 @@ def test_these_are_the_replacements_tested_here():
         "sinusoid:skyreels_timesteps",
         "sinusoid:timestep_embedding",
         "sinusoid:kandinsky_times",
-        "matrixgame3:apply_rope",
+        "rotary:wan",
+        "rotary:diffusers",
+        "rotary:fastvideo",
+        "matrixgame:causal_rope",
+        "matrixgame:frame_rope",
     }
 
 
@@ -314,7 +318,7 @@ def test_the_fingerprint_of_fastvideo_s_original_is_one_that_the_spec_knows(fast
     from fastvideo.models.dits.matrixgame3 import model
 
     assert fingerprint(fastvideo_embedding) in USES["dit_patch.functions.sinusoid:timestep_embedding"]
-    known = USES["dit_patch.functions.matrixgame3:apply_rope"]
+    known = USES["dit_patch.functions.matrixgame:frame_rope"]
     assert fingerprint(model._apply_rope_with_frame_indices) in known
 
 

@@ -54,7 +54,7 @@ def expect_hits(handle, case, forwards):
             assert row.misses == 0, row
         elif site.unused or (site.unused_with and case.rollout):
             assert row.misses == 1, row
-        elif row.kind == "rope":
+        elif row.kind in ("rope", "rotary"):
             fewest = tables(row, case, calls)
             assert fewest <= row.misses <= fewest * (1 if ":" in row.at else max(1, per_forward)), row
         elif case.config.get("r_embedder") and row.at == "condition_embedder.time_modulation.forward":
@@ -77,7 +77,9 @@ def tables(row, case, calls):
         return len(case.sizes) if one_table else blocks
     if row.at == "..patch_embedding":  # MatrixGame 3's numbers of frames, some of them by layer and size
         return row.misses if row.misses <= 5 else 0
-    if row.at == "dit_patch.functions.matrixgame3:expansion":
+    if row.at == "dit_patch.functions.matrixgame:expansion":
+        if row.spec == "fastvideo/matrixgame2":  # whose layers have a table each
+            return case.config["num_layers"] * (blocks if case.rollout else 1)
         # Without memory, each block makes its own numbers, for queries and keys to share.
         return 2 * len(case.sizes) if "x_memory" in case.inputs else calls // 2
     return 1 if ":" in row.at else len(case.sizes)

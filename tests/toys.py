@@ -26,6 +26,25 @@ def cosine(x, by=1.0):
     return torch.cos(scaled(x, by=by))
 
 
+def inside(x, first=None):
+    """Defines functions; `first` is called before any of them."""
+    scale = 2.0
+
+    def twist(x, by):
+        return x * by + 1.0
+
+    def spread(x):
+        return x - 0.5
+
+    def uses(x):
+        return scale * x
+
+    plus, minus = (lambda x: x + 1.0), (lambda x: x - 1.0)
+    if first is not None:
+        x = first(x)
+    return twist(x, scale) + spread(x) + uses(x) + plus(x) + minus(x)
+
+
 class Table(torch.nn.Module):
     """Reads only the size of its argument; no weights, a buffer and plain attributes."""
 

@@ -1,0 +1,76 @@
+"""How each library applies rotary embeddings, in terms of `dit_patch.rotary`.
+
+Each function here stands in for one of theirs and knows its layout and its arithmetic. Tensors that the one pass is not
+for, and training, are left to the original; the report then says why.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..keys import Uncacheable
+from ..rotary import rotary, why_not
+
+_HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def wan(original, instance, args, kwargs) -> torch.Tensor:
+    """For the `apply_rotary_emb` in Wan's attention processors: x (B, S, H, D); cos, sin (1, S, 1, D).
+
+    It reads the even entries of cos and the odd ones of sin, and computes in the dtype that x and the table promote to.
+    """
+    x, cos, sin = _of_wan(*args, **kwargs)
+    products = x.dtype == cos.dtype and x.dtype in _HALF_PRECISION
+    arithmetic = "rounded" if products else "separate"
+    return turn(x, cos[..., 0::2], sin[..., 1::2], arithmetic=arithmetic)
+
+
+def diffusers(original, instance, args, kwargs) -> torch.Tensor:
+    """For `diffusers.models.embeddings.apply_rotary_emb`: x (B, H, S, D), or (B, S, H, D) with sequence_dim=1.
+
+    Real tables only, (S, D) each. Whatever their dtype, it computes in float32 at the least.
+    """
+    x, tables, real, unbind, sequence = _of_diffusers(*args, **kwargs)
+    if not real or sequence not in (1, 2) or unbind not in (-1, -2):
+        raise Uncacheable("a complex table" if not real else "dimensions that are none")
+    cos, sin = tables
+    pairs = "interleaved" if unbind == -1 else "half"
+    if sequence == 1:
+        return turn(x, cos, sin, pairs=pairs)
+    return turn(x.transpose(1, 2), cos, sin, pairs=pairs).transpose(1, 2)
+
+
+def fastvideo(original, instance, args, kwargs) -> torch.Tensor:
+    """For FastVideo's `_apply_rotary_emb(x, cos, sin, is_neox_style)`: x (B, S, H, D); tables (S, D), or (S, D / 2).
+
+    Full tables are for interleaved pairs whatever the style. float64 tables make it compute in float64.
+    """
+    x, cos, sin, neox = _of_fastvideo(*args, **kwargs)
+    full = cos.shape[-1] == x.shape[-1]
+    return turn(x, cos, sin, pairs="half" if neox and not full else "interleaved")
+
+
+def _of_wan(hidden_states, freqs_cos, freqs_sin):
+    return hidden_states, freqs_cos, freqs_sin
+
+
+def _of_diffusers(x, freqs_cis, use_real=True, use_real_unbind_dim=-1, sequence_dim=2):
+    return x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim
+
+
+def _of_fastvideo(x, cos, sin, is_neox_style):
+    return x, cos, sin, is_neox_style
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **how: str) -> torch.Tensor:
+    """`rotary` of whole heads, (B, S, H, D) with a table for each of the S tokens, or the reason why not.
+
+    Raises:
+        Uncacheable: where the original is to do it.
+    """
+    reason = why_not(x, cos)
+    if reason is None and (x.dim() != 4 or cos.dim() not in (2, 4) or cos.shape[cos.dim() // 4] != x.shape[1]):
+        reason = f"tables {tuple(cos.shape)} for {tuple(x.shape)}"
+    if reason is not None:
+        raise Uncacheable(reason)
+    return rotary(x, cos, sin, **how)

@@ -1,0 +1,97 @@
+"""The functions that are defined inside another one, as attributes that can be read and replaced.
+
+`vars(Locals(f))["g"]` is the g that f makes anew at each call, and `Locals(f).g = h` has f call h in its place. What is
+replaced is the constant in f's code that g is made of; nothing of f is copied. Knows nothing about models or wrappers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any
+
+
+class Locals:
+    """A view of the functions that `outer` defines; what is known of them is in its code, and in its module.
+
+    Those that use variables of `outer` are not among them.
+    """
+
+    __slots__ = ("_outer",)
+
+    def __init__(self, outer: FunctionType) -> None:
+        object.__setattr__(self, "_outer", outer)
+
+    def __repr__(self) -> str:
+        return f"the functions inside {self._outer.__qualname__}"
+
+    @property
+    def __dict__(self) -> dict[str, Callable]:
+        return {code.co_name: self._value(code) for code in self._codes()}
+
+    def __getattr__(self, name: str) -> Callable:
+        return self._value(self._code(name))
+
+    def __setattr__(self, name: str, value: Callable) -> None:
+        old = self._code(name)
+        outer, key = self._outer, self._key(name)
+        original = _original(old) or old
+        if isinstance(value, FunctionType) and value.__code__ is original:
+            new = original
+        else:
+            outer.__globals__[key] = value
+            new = _calling(key, original)
+        constants = tuple(new if each is old else each for each in outer.__code__.co_consts)
+        outer.__code__ = outer.__code__.replace(co_consts=constants)
+        if new is original:
+            outer.__globals__.pop(key, None)
+
+    def _codes(self) -> list[CodeType]:
+        found = [each for each in self._outer.__code__.co_consts if isinstance(each, CodeType)]
+        names = [each.co_name for each in found]
+        return [each for each in found if names.count(each.co_name) == 1 and not each.co_freevars]
+
+    def _code(self, name: str) -> CodeType:
+        for code in self._codes():
+            if code.co_name == name:
+                return code
+        raise AttributeError(f"{self._outer.__qualname__} defines no function {name!r} that could be replaced")
+
+    def _value(self, code: CodeType) -> Callable:
+        original = _original(code)
+        if original is None:
+            return FunctionType(code, self._outer.__globals__)
+        return self._outer.__globals__[self._key(code.co_name)]
+
+    def _key(self, name: str) -> str:
+        """Under which name the module has what is called in its place; no source can spell it."""
+        return f"{self._outer.__qualname__}.<locals>.{name}"
+
+
+def _calling(key: str, original: CodeType) -> CodeType:
+    """The code of a function that calls the global `key`; and the original, where that has just been taken away."""
+    code = _template.__code__
+    own = next(each for each in code.co_consts if isinstance(each, CodeType))
+    return code.replace(
+        co_name=original.co_name,
+        co_consts=tuple(original if each is own else each for each in code.co_consts),
+        co_names=tuple(key if each == "_replacement" else each for each in code.co_names),
+    )
+
+
+def _original(code: CodeType) -> CodeType | None:
+    """The code that `_calling` was given, if it made this one."""
+    if code.co_code != _template.__code__.co_code or code.co_filename != __file__:
+        return None
+    return next(each for each in code.co_consts if isinstance(each, CodeType))
+
+
+def _template(*args: Any, **kwargs: Any) -> Any:
+    def original():
+        pass
+
+    try:
+        function = _replacement  # noqa: F821
+    except NameError:
+        function = original
+    return function(*args, **kwargs)

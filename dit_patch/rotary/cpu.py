@@ -1,0 +1,67 @@
+"""Rotation of pairs on a CPU, a run of tokens at a time, so that what lies between two operations stays in its cache.
+
+Where that is exact, a run is one complex product; elsewhere it is `eager` on that run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from . import eager
+
+_RUN = 1 << 18  # elements, per thread
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+# In what is left over of its vectors of 8 pairs, torch's complex product fuses multiplication and addition.
+_WHOLE_VECTORS = 16
+
+
+def rotate(
+    x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, arithmetic: str
+) -> None:
+    """As `eager.rotate`, of x and out (B, S, H, R) with cos, sin (B or 1, S, H or 1, R or R / 2)."""
+    vectors = x.shape[-1] % _WHOLE_VECTORS == 0
+    if arithmetic == "complex" and not vectors:
+        # Which elements are left over depends on the shape of the whole.
+        return eager.rotate(x, out, cos, sin, interleaved=interleaved, arithmetic=arithmetic)
+    for x, out, cos, sin in _runs(x, out, cos, sin):
+        if vectors and interleaved and arithmetic != "rounded" and (table := _complex(cos, sin, x)) is not None:
+            _multiply(x, out, table)
+        else:
+            eager.rotate(x, out, cos, sin, interleaved=interleaved, arithmetic=arithmetic)
+
+
+def _runs(x: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    batch, length, heads, width = x.shape
+    step = max(1, _RUN * torch.get_num_threads() // (heads * width))
+    for row in range(batch):
+        of_row = [each[row if each.shape[0] > 1 else 0] for each in (x, *others)]
+        for start in range(0, length, step):
+            yield tuple(each[start : start + step] for each in of_row)
+
+
+def _complex(cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """An entry for each pair; None where the table has other ones for the two of a pair."""
+    (c, c_of_second), (s, s_of_second) = (eager.entries(table, x, True) for table in (cos, sin))
+    if c is not c_of_second and not (_same(c, c_of_second) and _same(s, s_of_second)):
+        return None
+    compute = eager.compute_dtype(cos)
+    return torch.complex(c.to(compute), s.to(compute))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(_BITS[one.dtype]), other.view(_BITS[other.dtype]))  # 0.0 is not -0.0
+
+
+def _multiply(x: torch.Tensor, out: torch.Tensor, table: torch.Tensor) -> None:
+    if x.dtype == table.real.dtype and x.is_contiguous() and out.is_contiguous():
+        torch.mul(_as_pairs(x), table, out=_as_pairs(out))
+    else:
+        pairs = x.to(table.real.dtype, memory_format=torch.contiguous_format, copy=True)
+        _as_pairs(pairs).mul_(table)
+        out.copy_(pairs)
+
+
+def _as_pairs(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
