@@ -11,7 +11,7 @@ import torch
 import toys
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_patch.functions import kv_cache, matrixgame3, sinusoid
+from dit_patch.functions import kv_cache, sinusoid
 from dit_patch.hosts import fastvideo
 from dit_patch.keys import same_bits
 from dit_patch.registry import Registry
@@ -204,24 +204,6 @@ def test_fastvideo_s_table_is_built_once_and_holds_numbers_under_a_meta_default_
         after = sinusoid.timestep_embedding(fastvideo_embedding, None, (t, 64), {})
     assert same(after, expected) and torch.equal(under_meta, expected)
     assert first.count > 0 and later.count == 0
-
-
-# MatrixGame 3's rotary embedding.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sigma, heads, width", [(0.8, 3, 24), (0.0, 2, 24), (0.8, 2, 128), (0.0, 1, 80)])
-def test_matrixgame3_s_rotation_is_the_original_s_in_every_bit(sigma, heads, width, dtype):
-    pytest.importorskip("fastvideo")
-    fastvideo.prepare()
-    from fastvideo.models.dits.matrixgame3 import model
-
-    freqs = model._build_rope_freqs(max_seq_len=32, head_dim=width, num_heads=heads, sigma_theta=sigma)
-    x = torch.randn(2, 2 * 3 * 4, heads, width).to(dtype)
-    for frames in (torch.tensor([9, 3]), torch.arange(2, dtype=torch.int32), [0, 1]):
-        given = {"height": 3, "width": 4, "frame_indices": frames}
-        ours = matrixgame3.apply_rope(model._apply_rope_with_frame_indices, None, (x, freqs), given)
-        assert same(ours, model._apply_rope_with_frame_indices(x, freqs, **given))
 
 
 # KV caches.

@@ -23,7 +23,7 @@ def causal_rope(original, instance, args, kwargs) -> torch.Tensor:
     frames, height, width = grid
     _check(x, freqs)
     angles = expansion(freqs, (start, start + frames), height, width, torch.complex128)
-    return turn(x, angles.real, angles.imag, arithmetic="complex")
+    return turn(x, angles.real, angles.imag, tail=True, arithmetic="complex")
 
 
 def frame_rope(original, instance, args, kwargs) -> torch.Tensor:

@@ -62,15 +62,22 @@ def _of_fastvideo(x, cos, sin, is_neox_style):
     return x, cos, sin, is_neox_style
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **how: str) -> torch.Tensor:
-    """`rotary` of whole heads, (B, S, H, D) with a table for each of the S tokens, or the reason why not.
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, tail: bool = False, **how: str) -> torch.Tensor:
+    """`rotary` of whole heads, (B, S, H, D), with a table for each token, or for fewer where there is a `tail`.
 
     Raises:
-        Uncacheable: where the original is to do it.
+        Uncacheable: where the original is to do it; with the reason.
     """
     reason = why_not(x, cos)
-    if reason is None and (x.dim() != 4 or cos.dim() not in (2, 4) or cos.shape[cos.dim() // 4] != x.shape[1]):
+    if reason is None and not _for_each_token(x, cos, tail):
         reason = f"tables {tuple(cos.shape)} for {tuple(x.shape)}"
     if reason is not None:
         raise Uncacheable(reason)
     return rotary(x, cos, sin, **how)
+
+
+def _for_each_token(x: torch.Tensor, table: torch.Tensor, tail: bool) -> bool:
+    if x.dim() != 4 or table.dim() not in (2, 4):
+        return False
+    tokens = table.shape[0 if table.dim() == 2 else 1]
+    return tokens == x.shape[1] or tail and tokens < x.shape[1]

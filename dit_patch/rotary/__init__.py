@@ -1,8 +1,8 @@
-"""Rotary position embedding, applied in one pass over queries and keys and equal in every bit to what models do eagerly.
+"""Rotary position embeddings applied in one pass, equal in every bit to what models do in many operations.
 
-Two operations of `torch.ops.dit_patch`, opaque to compilers: `rotary` returns a new tensor, `rotary_qk_` rotates queries
-and keys where they are, in one launch. They run as a Triton kernel on a GPU (`gpu`), in chunks on a CPU (`cpu`), and as
-plain torch (`eager`) elsewhere. Knows nothing about models, specs or patches.
+Two operations of `torch.ops.dit_patch`, opaque to compilers: `rotary` returns a new tensor, `rotary_qk_` rotates
+queries and keys where they are, in one launch. They run as a Triton kernel on a GPU (`gpu`), in runs of tokens on a CPU
+(`cpu`), and as plain torch (`eager`) elsewhere. Knows nothing about models, specs or patches.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def rotary(
     Args:
         x: (B, S, H, D) queries or keys, bfloat16, float16 or float32.
         cos, sin: (S', W), (B or 1, S', W) or (B or 1, S', H or 1, W), float32, float64, bfloat16 or float16, with any
-            strides. W is `rotary_dim`, an entry for each member of a pair, or half of it, an entry for each pair. Tokens
-            from S' <= S on are copied as they are.
+            strides. W is `rotary_dim`, an entry for each member of a pair, or half of it, an entry for each pair.
+            Tokens from S' <= S on are copied as they are.
         pairs: "interleaved", (2i, 2i + 1), or "half", (i, i + rotary_dim / 2).
         arithmetic: "separate" rounds each product and each sum once, in float64 where the tables are, else in float32;
             "rounded" rounds each product to the dtype of `x`, which the tables must have, as operations on such tensors
@@ -110,7 +110,8 @@ def _checked(given, cos, sin, pairs, arithmetic, rotary_dim) -> tuple[torch.Tens
     """The tables as (B or 1, S', H or 1, W), and how many elements of a head rotate."""
     for name, word, known in (("pairs", pairs, _PAIRS), ("arithmetic", arithmetic, _ARITHMETIC)):
         if word not in known:
-            raise RotaryError(f"{name}={quote(str(word))}{suggest(str(word), known)} Known: {', '.join(known)}.")
+            hint = suggest(str(word), known) or "."
+            raise RotaryError(f"no {name} {quote(word)}{hint} Known: {', '.join(known)}.")
     for x in given:
         if x.dim() != 4 or x.dtype not in _DTYPES:
             raise RotaryError(f"expected (B, S, H, D) in bfloat16, float16 or float32, got {_described(x)}")

@@ -12,7 +12,7 @@ import torch
 from . import eager
 
 _RUN = 1 << 18  # elements, per thread
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # In what is left over of its vectors of 8 pairs, torch's complex product fuses multiplication and addition.
 _WHOLE_VECTORS = 16
 
@@ -25,11 +25,11 @@ def rotate(
     if arithmetic == "complex" and not vectors:
         # Which elements are left over depends on the shape of the whole.
         return eager.rotate(x, out, cos, sin, interleaved=interleaved, arithmetic=arithmetic)
-    for x, out, cos, sin in _runs(x, out, cos, sin):
-        if vectors and interleaved and arithmetic != "rounded" and (table := _complex(cos, sin, x)) is not None:
-            _multiply(x, out, table)
+    for run in _runs(x, out, cos, sin):
+        if vectors and interleaved and arithmetic != "rounded" and (table := _complex(*run)) is not None:
+            _multiply(*run[:2], table)
         else:
-            eager.rotate(x, out, cos, sin, interleaved=interleaved, arithmetic=arithmetic)
+            eager.rotate(*run, interleaved=interleaved, arithmetic=arithmetic)
 
 
 def _runs(x: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -41,7 +41,7 @@ def _runs(x: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor
             yield tuple(each[start : start + step] for each in of_row)
 
 
-def _complex(cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+def _complex(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
     """An entry for each pair; None where the table has other ones for the two of a pair."""
     (c, c_of_second), (s, s_of_second) = (eager.entries(table, x, True) for table in (cos, sin))
     if c is not c_of_second and not (_same(c, c_of_second) and _same(s, s_of_second)):
@@ -51,7 +51,8 @@ def _complex(cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(_BITS[one.dtype]), other.view(_BITS[other.dtype]))  # 0.0 is not -0.0
+    bits = _BITS[one.element_size()]
+    return torch.equal(one.view(bits), other.view(bits))  # 0.0 is not -0.0
 
 
 def _multiply(x: torch.Tensor, out: torch.Tensor, table: torch.Tensor) -> None:

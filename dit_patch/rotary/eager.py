@@ -15,7 +15,7 @@ def rotate(
 
     Args:
         x, out: (..., S, H, R) of one dtype.
-        cos, sin: what broadcasts to that, real and of one dtype; with R / 2 entries, or R, for the members of each pair.
+        cos, sin: what broadcasts to that, real and of one dtype; with R / 2 entries, or R, for the two of each pair.
         interleaved: pairs are (2i, 2i + 1) rather than (i, i + R / 2).
         arithmetic: "separate", "rounded" or "complex", see `dit_patch.rotary.rotary`.
     """
