@@ -53,6 +53,8 @@ def test_a_spec_without_mistakes_passes_with_every_site_equal_and_hit(check):
     assert status == 0 and out.endswith("no problems found\n")
     rows = {line.split()[0]: line.split()[2:5] for line in out.splitlines() if line.startswith("  ") and "." in line}
     assert rows[ROPE] == ["48", "42", "yes"]
+    [turned] = [rows.pop(at) for at in list(rows) if at.endswith(".apply_rotary_emb")]
+    assert turned == ["192", "192", "yes"]  # never kept: each call is one of the replacement
     assert all(equal == "yes" and 0 < int(hits) < int(calls) for calls, hits, equal in rows.values())
     assert out.count("equal: yes") == 2 and "NO" not in out
 

@@ -1,4 +1,6 @@
-"""What only a CUDA device can show: no synchronisation in a warm forward, streams, graphs, moved models."""
+"""What only a CUDA device can show: no synchronisation in a warm forward, streams, graphs, moved models, kernels."""
+
+import types
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ from conftest import skip_unless_installed
 import dit_patch
 from dit_patch import mini, verify
 from dit_patch.functions.kv_cache import integer_indices
+from dit_patch.keys import same_bits
 from dit_patch.registry import Registry
+from dit_patch.rotary import eager, rotary, rotary_qk_
 
 pytestmark = pytest.mark.gpu
 NAMES = Registry(plugins=False).names()
@@ -173,3 +177,75 @@ def test_step_caching_lets_a_graph_be_captured():
         graph.replay()
         assert verify.first_difference([expected], [[output]]) is None
         assert "CUDA graph is captured" in str(handle)
+
+
+# Rotary embeddings. On a CPU the same is compared in Triton's interpreter: test_rotary_interpreter.py.
+
+
+def turning(shape, dtype, table=torch.float32):
+    """x, and tables as models have them: an entry for each member of a pair."""
+    x = torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+    angles = torch.rand(shape[1], shape[3] // 2, dtype=torch.float64, device="cuda") * 100
+    cos, sin = (each.repeat_interleave(2, dim=1).to(table) for each in (angles.cos(), angles.sin()))
+    return x, cos, sin
+
+
+REAL = [(1, 32760, 12, 128), (1, 118800, 24, 128), (1, 4680, 12, 128), (880, 3, 16, 64), (1, 1, 12, 128), (2, 4, 3, 80)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
+def test_the_kernel_gives_the_bits_of_the_libraries_functions(shape, dtype):
+    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.transformers import transformer_wan
+
+    code = transformer_wan.WanAttnProcessor.__call__.__code__
+    [own] = [each for each in code.co_consts if isinstance(each, types.CodeType) and each.co_name == "apply_rotary_emb"]
+    wan = types.FunctionType(own, vars(transformer_wan))
+    for table in (torch.float32, torch.float64):
+        x, cos, sin = turning(shape, dtype, table)
+        assert same_bits(rotary(x, cos, sin), apply_rotary_emb(x, (cos, sin), sequence_dim=1))
+        wide = [each[None, :, None] for each in (cos, sin)]
+        assert same_bits(rotary(x, cos[:, 0::2], sin[:, 1::2]), wan(x, *wide))
+    if dtype is not torch.float32:
+        own = [each[None, :, None].to(dtype) for each in (cos, sin)]
+        assert same_bits(rotary(x, own[0][..., 0::2], own[1][..., 1::2], arithmetic="rounded"), wan(x, *own))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("table", [torch.complex64, torch.complex128], ids=str)
+def test_a_product_of_complex_tensors_is_contracted_as_this_build_of_torch_does(table, dtype):
+    x, cos, sin = turning((2, 2640, 12, 128), dtype, table.to_real())
+    angles = torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())[None, :, None]
+    pairs = torch.view_as_complex(x.to(table.to_real()).unflatten(-1, (-1, 2)))
+    expected = torch.view_as_real(pairs * angles).flatten(-2).to(dtype)
+    assert same_bits(rotary(x, angles.real, angles.imag, arithmetic="complex"), expected)
+
+
+def test_the_kernel_turns_more_elements_than_32_bits_can_count():
+    shape = (1, 700_001, 24, 128)  # 2.15e9 elements
+    x, cos, sin = turning((1, 1, *shape[2:]), torch.bfloat16)
+    x, cos, sin = x.expand(shape).clone(), *(torch.rand(shape[1], 128, device="cuda") for _ in range(2))
+    out = rotary(x, cos, sin)
+    for start in (0, 349_000, shape[1] - 2000):
+        some = slice(start, start + 2000)
+        expected = torch.empty_like(x[:, some])
+        tables = [each[some, None] for each in (cos, sin)]
+        eager.rotate(x[:, some], expected, *tables, interleaved=True, arithmetic="separate")
+        assert same_bits(out[:, some], expected)
+
+
+def test_the_kernel_is_captured_in_a_cuda_graph():
+    x, cos, sin = turning((1, 2640, 12, 128), torch.bfloat16)
+    k = torch.randn_like(x)
+    expected, expected_k = rotary(x, cos, sin), rotary(k, cos, sin)  # compiles it
+    q, key = x.clone(), k.clone()
+    rotary_qk_(q, key, cos, sin)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = rotary(x, cos, sin)
+        rotary_qk_(q, key, cos, sin)
+    q.copy_(x), key.copy_(k)
+    graph.replay()
+    assert same_bits(out, expected) and same_bits(q, expected) and same_bits(key, expected_k)

@@ -154,13 +154,14 @@ _library.define(
 
 def _rotary(x, cos, sin, rotary_dim: int, interleaved: bool, arithmetic: str) -> torch.Tensor:
     out = torch.empty_like(x)
-    rows = cos.shape[1]
+    rows, place = cos.shape[1], out
     if rows < x.shape[1]:
         out[:, rows:].copy_(x[:, rows:])
-    if rotary_dim < x.shape[-1]:
-        out[:, :rows, :, rotary_dim:].copy_(x[:, :rows, :, rotary_dim:])
-    source, place = (each[:, :rows, :, :rotary_dim] for each in (x, out))
-    _rotate(source, place, None, None, cos, sin, interleaved, arithmetic)
+        x, place = x[:, :rows], out[:, :rows]
+    if rotary_dim < x.shape[3]:
+        place[..., rotary_dim:].copy_(x[..., rotary_dim:])
+        x, place = x[..., :rotary_dim], place[..., :rotary_dim]
+    _rotate(x, place, None, None, cos, sin, interleaved, arithmetic)
     return out
 
 

@@ -20,7 +20,7 @@ _WHOLE_VECTORS = 16
 def rotate(
     x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, arithmetic: str
 ) -> None:
-    """As `eager.rotate`, of x and out (B, S, H, R) with cos, sin (B or 1, S, H or 1, R or R / 2)."""
+    """As `eager.rotate`: x and out (B, S, H, R), cos and sin (B or 1, S, H or 1, R or R / 2)."""
     vectors = x.shape[-1] % _WHOLE_VECTORS == 0
     if arithmetic == "complex" and not vectors:
         # Which elements are left over depends on the shape of the whole.
@@ -35,6 +35,9 @@ def rotate(
 def _runs(x: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     batch, length, heads, width = x.shape
     step = max(1, _RUN * torch.get_num_threads() // (heads * width))
+    if batch * length <= step:
+        yield x, *others
+        return
     for row in range(batch):
         of_row = [each[row if each.shape[0] > 1 else 0] for each in (x, *others)]
         for start in range(0, length, step):
