@@ -185,16 +185,20 @@ def test_rotary_with_other_bits_is_status_1_and_the_threads_are_as_before(capsys
 
 
 def test_the_verdict_counts_cases_and_names_those_that_miss_it():
+    first, second = bench._CPU_CASES
+    times = {first: (9.0, 3.0, 3.1, 6.0), second: (9.0, 4.0, 3.0, 4.0), "qwen3": (9.0, 9.0, 9.0, 18.0)}
     rows = [
         Row("ops", case, contestant, us=us, of_clone=of_clone)
-        for case, times in {"a": (9.0, 3.0, 3.1, 6.0), "b": (9.0, 4.0, 3.0, 4.0)}.items()
-        for contestant, us, of_clone in zip((EAGER, OURS, COMPILE, FLASH), times, (0.1, 0.8, 0.7, 0.4))
+        for case, each in times.items()
+        for contestant, us, of_clone in zip((EAGER, OURS, COMPILE, FLASH), each, (0.1, 0.8, 0.7, 0.4))
     ]
-    assert list(bench._verdict(rows, CPU)) == ["  at least 3x as fast as eager: 1 of 2 cases; not in b (2.25)"]
+    (eager,) = bench._verdict(rows, CPU)
+    assert eager == f"  at least 3x as fast as eager at Wan 1.3B, 480p: 1 of 2 cases; not in {second} (2.25)"
     bandwidth, compiled, flash = bench._verdict(rows, torch.device("cuda"))
-    assert bandwidth.endswith("bandwidth: 2 of 2 cases")
-    assert compiled.endswith("1 of 2 cases; not in b (0.75)") and flash.endswith("1 of 2 cases; not in b (1.00)")
-    assert list(bench._verdict([], CPU)) == ["  at least 3x as fast as eager: not measured"]
+    assert bandwidth.endswith("bandwidth: 3 of 3 cases")
+    assert compiled.endswith(f"2 of 3 cases; not in {second} (0.75)")
+    assert flash.endswith(f"2 of 3 cases; not in {second} (1.00)")
+    assert all(line.endswith(": not measured") for line in bench._verdict([], torch.device("cuda")))
 
 
 def test_forwards_are_compared_without_the_sites_and_with_them(monkeypatch):

@@ -27,6 +27,7 @@ from .timing import Timed, differing, in_turns, peak_bytes
 PARTS = ("ops", "forwards")
 _PACKAGES = ("triton", "transformers", "flash-attn", "liger-kernel")
 _FAILED = "failed"
+_CPU_CASES = ("wan-1.3b-480p", "wan-1.3b-480p-fp32")
 _OWN = (OURS, IN_PLACE, forwards.WITH, *gpu_checks.OPS)
 
 
@@ -281,7 +282,8 @@ def _verdict(rows: Sequence[Row], device: torch.device) -> Iterator[str]:
         yield _reached("as fast as torch.compile", speedup(COMPILE), 1.0)
         yield _reached("1.25x as fast as flash-attn", speedup(FLASH), 1.25)
     else:
-        yield _reached("3x as fast as eager", speedup(EAGER), 3.0)
+        asked = {case: value for case, value in speedup(EAGER).items() if case in _CPU_CASES}
+        yield _reached("3x as fast as eager at Wan 1.3B, 480p", asked, 3.0)
 
 
 def _reached(words: str, values: Mapping[str, float], least: float) -> str:

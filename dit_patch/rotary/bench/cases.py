@@ -149,7 +149,8 @@ def _qwen(q: torch.Tensor, k: torch.Tensor) -> Problem:
         q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *tables)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    angles = _angles(q.shape[1], q).repeat(1, 2)[None]
+    # Not from position 0, where there is nothing to round.
+    angles = _angles(1000 + q.shape[1], q)[1000:].repeat(1, 2)[None]
     tables = tuple(table.to(q.dtype) for table in (angles.cos(), angles.sin()))
     return Problem(apply, tables, q, k, *tables, pairs="half", arithmetic="rounded", both=True)
 

@@ -77,6 +77,7 @@ class _Generations:
     def renew(self) -> None:
         self.calls = next(self._made)
 
+    @torch.no_grad()
     def run(self) -> None:
         for arguments in self.calls:
             self.model(**arguments)
