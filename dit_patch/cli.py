@@ -20,6 +20,7 @@ COMMANDS = {
     "schema": "the JSON Schema of a spec, for your editor",
     "bench": "measure what patching saves: hit cost, site times at real sizes, whole forwards",
     "bench step-cache": "what step caching gains and costs: baseline and cached side by side, with controls",
+    "bench rotary": "applying RoPE: eager, compiled, ours and others' side by side, then whole forwards",
 }
 """What there is, and what its module in `commands` does."""
 
