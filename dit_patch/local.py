@@ -64,8 +64,11 @@ class Locals:
         return self._outer.__globals__[self._key(code.co_name)]
 
     def _key(self, name: str) -> str:
-        """Under which name the module has what is called in its place; no source can spell it."""
-        return f"{self._outer.__qualname__}.<locals>.{name}"
+        """Under which name the module has what is called in its place: one that no source can spell.
+
+        Dynamo takes a dot in it for a path.
+        """
+        return f"{self._outer.__qualname__} <locals> {name}".replace(".", " ")
 
 
 def _calling(key: str, original: CodeType) -> CodeType:
