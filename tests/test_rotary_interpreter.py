@@ -277,7 +277,7 @@ def more_elements_than_32_bits_can_count(axis):
     yield x.contiguous(), expected
 
 
-@case("as cut up for a GPU,", pairs=PLAIN, tokens=[1, 37, 700], heads=[(5, 5), (6, 2), (1, 9)])
+@case("as cut up for a GPU,", pairs=PLAIN, tokens=[1, 37, 90], heads=[(5, 5), (6, 2), (1, 9)])
 def many_programs(pairs, tokens, heads):
     (q, k), (cos, sin) = (noise(2, tokens, each, 48, dtype="bf16") for each in heads), tables(tokens, 48)
     expected = reference(q, cos, sin, pairs), reference(k, cos, sin, pairs)
@@ -356,7 +356,7 @@ def compare():
         try:
             yield name, [differing(*pair) for pair in pairs()]
         except ImportError as error:
-            yield name, f"needs {error.name}"
+            yield name, str(error)
         except Exception:
             yield name, {"failed": traceback.format_exc()}
 
