@@ -235,9 +235,16 @@ def fewer_heads_of_k_than_of_q(pairs, heads):
 
 
 @case(pairs=PLAIN)
-def heads_before_tokens(pairs):
-    x, (cos, sin) = noise(2, 3, 33, 64).transpose(1, 2), tables(33, 64)
-    yield rotated(x, cos, sin, pairs), reference(x, cos, sin, pairs)
+def what_is_read_and_written_has_strides_of_its_own(pairs):
+    from dit_patch.rotary import gpu
+
+    cos, sin = tables(33, 64)
+    q, k = noise(2, 3, 33, 64).transpose(1, 2), noise(33, 2, 3, 80)[..., 7:71].transpose(0, 1)
+    q_out, k_out = torch.zeros(3, 2, 33, 96)[..., :64].permute(1, 2, 0, 3), torch.zeros(33, 3, 2, 72)
+    k_out = k_out[..., 8:].permute(2, 0, 1, 3)
+    gpu.launch(q, q_out, k, k_out, cos, sin, interleaved=pairs == "interleaved", arithmetic="separate")
+    yield q_out, reference(q, cos, sin, pairs)
+    yield k_out, reference(k, cos, sin, pairs)
 
 
 @case(pairs=PLAIN, each=[True, False])
@@ -285,7 +292,7 @@ def many_programs(pairs, tokens, heads):
     yield from zip((q, k), expected)
 
 
-@case("as cut up for a GPU,", tokens=[37])
+@case("as cut up for a GPU,", tokens=[200])
 def many_programs_with_tables_of_each_head(tokens):
     q, k, cos, sin = noise(4, 2, tokens, 7, 32).unbind(0)
     expected = reference(q, cos, sin, "half"), reference(k, cos, sin, "half")
