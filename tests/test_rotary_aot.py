@@ -62,7 +62,7 @@ def launch(
     cos = torch.empty(1, tokens, 1, entries * step, dtype=DTYPES[table], device="meta")[..., ::step]
     launched = Launched()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "_kernel", launched)
+        patch.setattr(gpu, "_rotary_kernel", launched)
         patch.setattr(gpu, "_processors", lambda device: H200)
         patch.setattr(gpu, "_contraction", lambda device, dtype: contraction)
         gpu.launch(q, q, q, q, cos, cos, interleaved=pairs == "interleaved", arithmetic=arithmetic)
@@ -94,7 +94,7 @@ def compiled(tmp_path_factory):
 
 
 def compile(args, options, capability):
-    kernel = gpu._kernel
+    kernel = gpu._rotary_kernel
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
         if isinstance(value, torch.Tensor):
@@ -172,6 +172,11 @@ def test_results_in_fp64_go_through_fp32_as_torch_s_do(compiled, x, table, arith
     code = compiled(90, x=x, table=table, arithmetic=arithmetic, pairs=pairs)
     assert ("cvt.rn.f32.f64" in code.ptx) == (table == "fp64")
     assert not re.search(r"cvt\.rn\.b?f16(x2)?\.f64", code.ptx)
+
+
+@pytest.mark.parametrize("x, table, arithmetic", SOME)
+def test_numbers_too_small_to_be_normal_are_kept(compiled, x, table, arithmetic):
+    assert ".ftz" not in compiled(90, x=x, table=table, arithmetic=arithmetic, pairs="interleaved").ptx
 
 
 # Wide accesses, and no spills.
@@ -271,14 +276,14 @@ def test_tiles_keep_a_gpu_busy_and_within_its_limits(tokens, heads, width):
 def test_each_head_s_own_tables_are_for_a_program_of_its_own(monkeypatch):
     x = torch.empty(1, 32760, 12, 128, device="meta")
     launched = Launched()
-    monkeypatch.setattr(gpu, "_kernel", launched)
+    monkeypatch.setattr(gpu, "_rotary_kernel", launched)
     monkeypatch.setattr(gpu, "_processors", lambda device: H200)
     gpu.launch(x, x, x, x, x, x, interleaved=True, arithmetic="separate")
     assert launched.grid == (16380, 3)
 
 
 def test_nothing_is_launched_for_nothing(monkeypatch):
-    monkeypatch.setattr(gpu, "_kernel", None)
+    monkeypatch.setattr(gpu, "_rotary_kernel", None)
     for shape in [(0, 5, 3, 8), (2, 0, 3, 8), (2, 5, 0, 8)]:
         x, table = torch.empty(shape), torch.empty(1, shape[1], 1, 8)
         gpu.launch(x, x, None, None, table, table, interleaved=True, arithmetic="separate")

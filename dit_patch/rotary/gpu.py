@@ -63,6 +63,7 @@ def launch(
     _launch(q, q_out, k, k_out, cos, sin, interleaved, arithmetic == "rounded", contraction)
 
 
+@functools.lru_cache
 def tiling(tokens: int, heads: int, width: int, processors: int) -> tuple[int, int, int, int]:
     """How to cut up the work: a tile's tokens and heads, how many programs share the heads, and the warps of each.
 
@@ -74,12 +75,20 @@ def tiling(tokens: int, heads: int, width: int, processors: int) -> tuple[int, i
     """
     warps = 4 if tokens > 4 * processors else 1
     rows = max(1, 8 * 32 * warps // width)  # eight elements for each thread: 128 bits of bf16
-    tile_heads = min(4, rows, triton.next_power_of_2(heads))
+    tile_heads = min(4, rows, _power_of_2(heads))
     tile_tokens = rows // tile_heads
     # A program keeps its table entries for all heads that it rotates: no more programs than keep the device busy.
-    tiles, wanted = triton.cdiv(heads, tile_heads), 64 * processors
-    each = max(1, tiles * triton.cdiv(tokens, tile_tokens) * warps // wanted)
-    return tile_tokens, tile_heads, triton.cdiv(tiles, each), warps
+    tiles, wanted = _parts(heads, tile_heads), 64 * processors
+    each = max(1, tiles * _parts(tokens, tile_tokens) * warps // wanted)
+    return tile_tokens, tile_heads, _parts(tiles, each), warps
+
+
+def _parts(size: int, most: int) -> int:
+    return -(-size // most)
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _launch(q, q_out, k, k_out, cos, sin, interleaved: bool, rounded: bool, contraction: tuple[str, str]) -> None:
@@ -91,17 +100,17 @@ def _launch(q, q_out, k, k_out, cos, sin, interleaved: bool, rounded: bool, cont
     tokens, most = batch * length, max(heads, k_heads)
     if tokens * most == 0:
         return
-    half = triton.next_power_of_2(rotary_dim // 2)
+    half = _power_of_2(rotary_dim // 2)
     width = 2 * half if interleaved else half
     tile_tokens, tile_heads, programs, warps = tiling(tokens, most, width, _processors(q.device))
     if cos.shape[2] > 1:  # a program has the table entries of one tile of heads
-        programs = triton.cdiv(most, tile_heads)
+        programs = _parts(most, tile_heads)
     strides = (*q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3])
     table_strides = [table.stride(axis) if table.shape[axis] > 1 else 0 for table in (cos, sin) for axis in (0, 1, 2)]
     # Passed in units as large as possible, which tell the compiler how wide loads may be; 16 elements are enough.
     unit, table_unit = gcd(16, *strides), gcd(16, *table_strides)
     with torch.cuda.device_of(q):
-        _kernel[triton.cdiv(tokens, tile_tokens), programs](
+        _rotary_kernel[_parts(tokens, tile_tokens), programs](
             q,
             q_out,
             k,
@@ -168,8 +177,8 @@ def _probe(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     What is left there are the roundings alone, and those tell all forms apart, even when rounded from fp64 to fp32.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 96, 2, 64, generator=generator)
-    cos, sin = torch.randn(2, 1, 96, 1, 32, generator=generator, dtype=dtype)
+    x = torch.randn(1, 96, 2, 64, generator=generator, dtype=torch.float32, device="cpu")
+    cos, sin = torch.randn(2, 1, 96, 1, 32, generator=generator, dtype=dtype, device="cpu")
     sin[:, :64] = cos[:, :64]
     x[:, :32, :, 1::2] = x[:, :32, :, 0::2]
     x[:, 32:64, :, 1::2] = -x[:, 32:64, :, 0::2]
@@ -184,7 +193,7 @@ _PLAIN = [
 
 
 @triton.jit(do_not_specialize=_PLAIN)
-def _kernel(
+def _rotary_kernel(
     q, q_out, k, k_out, cos, sin,
     tokens, length, q_heads, k_heads,
     q_batch, q_token, q_head,
@@ -333,4 +342,4 @@ def _round(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     return value.to(dtype)
 
 
-_INTERPRETED = not isinstance(_kernel, triton.JITFunction)
+_INTERPRETED = not isinstance(_rotary_kernel, triton.JITFunction)
