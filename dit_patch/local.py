@@ -35,14 +35,15 @@ class Locals:
     def __setattr__(self, name: str, value: Callable) -> None:
         old = self._code(name)
         outer, key = self._outer, self._key(name)
-        original = _original(old) or old
+        original, before = _replaced(old) or (old, outer.__code__)
         if isinstance(value, FunctionType) and value.__code__ is original:
             new = original
         else:
             outer.__globals__[key] = value
-            new = _calling(key, original)
+            new = _calling(key, original, before)
         constants = tuple(new if each is old else each for each in outer.__code__.co_consts)
-        outer.__code__ = outer.__code__.replace(co_consts=constants)
+        code = outer.__code__.replace(co_consts=constants)
+        outer.__code__ = before if code == before else code  # which compiled code may have been made of
         if new is original:
             outer.__globals__.pop(key, None)
 
@@ -58,8 +59,7 @@ class Locals:
         raise AttributeError(f"{self._outer.__qualname__} defines no function {name!r} that could be replaced")
 
     def _value(self, code: CodeType) -> Callable:
-        original = _original(code)
-        if original is None:
+        if _replaced(code) is None:
             return FunctionType(code, self._outer.__globals__)
         return self._outer.__globals__[self._key(code.co_name)]
 
@@ -71,22 +71,23 @@ class Locals:
         return f"{self._outer.__qualname__} <locals> {name}".replace(".", " ")
 
 
-def _calling(key: str, original: CodeType) -> CodeType:
+def _calling(key: str, original: CodeType, outer: CodeType) -> CodeType:
     """The code of a function that calls the global `key`; and the original, where that has just been taken away."""
     code = _template.__code__
     own = next(each for each in code.co_consts if isinstance(each, CodeType))
     return code.replace(
         co_name=original.co_name,
-        co_consts=tuple(original if each is own else each for each in code.co_consts),
+        co_consts=(*(original if each is own else each for each in code.co_consts), outer),
         co_names=tuple(key if each == "_replacement" else each for each in code.co_names),
     )
 
 
-def _original(code: CodeType) -> CodeType | None:
-    """The code that `_calling` was given, if it made this one."""
+def _replaced(code: CodeType) -> tuple[CodeType, CodeType] | None:
+    """The original and the outer code that `_calling` was given, if it made this code."""
     if code.co_code != _template.__code__.co_code or code.co_filename != __file__:
         return None
-    return next(each for each in code.co_consts if isinstance(each, CodeType))
+    original, outer = (each for each in code.co_consts if isinstance(each, CodeType))
+    return original, outer
 
 
 def _template(*args: Any, **kwargs: Any) -> Any:

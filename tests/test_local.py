@@ -18,7 +18,7 @@ from dit_patch.source import fingerprint
 def as_it_was():
     code = inside.__code__
     yield
-    assert inside.__code__ == code and not [name for name in inside.__globals__ if "<locals>" in name]
+    assert inside.__code__ is code and not [name for name in inside.__globals__ if "<locals>" in name]
 
 
 def doubled(x, by=1.0):

@@ -277,6 +277,7 @@ class TestTheOperation:
         ({"cos": torch.zeros(5, 8), "sin": torch.zeros(5, 8)}, r"tables \(1, 5, 1, 8\) do not fit"),
         ({"cos": torch.zeros(1, 4, 3, 8), "sin": torch.zeros(1, 4, 3, 8)}, r"tables \(1, 4, 3, 8\) do not fit"),
         ({"arithmetic": "rounded", "x": X.bfloat16()}, '"rounded" needs tables of the dtype of x, torch.bfloat16; got'),
+        ({"arithmetic": "complex", "cos": T.half(), "sin": T.half()}, '"complex" needs tables in float32 or float64'),
         ({"cos": T.to("meta"), "sin": T.to("meta")}, "tensors of one device and dtype are needed"),
         ({"x": X.clone().requires_grad_()}, "autograd is recording"),
     ])  # fmt: skip

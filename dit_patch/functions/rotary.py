@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..keys import Uncacheable
-from ..rotary import rotary, why_not
+from ..rotary import NotExact, rotary, why_not
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -73,7 +73,10 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, tail: bool = 
         reason = f"tables {tuple(cos.shape)} for {tuple(x.shape)}"
     if reason is not None:
         raise Uncacheable(reason)
-    return rotary(x, cos, sin, **how)
+    try:
+        return rotary(x, cos, sin, **how)
+    except NotExact as error:
+        raise Uncacheable(str(error)) from error
 
 
 def _for_each_token(x: torch.Tensor, table: torch.Tensor, tail: bool) -> bool:

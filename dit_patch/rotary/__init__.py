@@ -16,7 +16,7 @@ import torch
 from ..errors import DitPatchError, quote, suggest
 from . import cpu, eager
 
-__all__ = ["Arithmetic", "Pairs", "RotaryError", "rotary", "rotary_qk_", "why_not"]
+__all__ = ["Arithmetic", "NotExact", "Pairs", "RotaryError", "rotary", "rotary_qk_", "why_not"]
 
 Pairs = Literal["interleaved", "half"]
 Arithmetic = Literal["separate", "rounded", "complex"]
@@ -29,6 +29,10 @@ MAX_DIM = 256
 
 class RotaryError(DitPatchError, ValueError):
     """Tensors that cannot be rotated, or an option that does not exist."""
+
+
+class NotExact(DitPatchError):
+    """No form of the kernel has the bits of torch's own complex product on this device."""
 
 
 def rotary(
@@ -56,6 +60,7 @@ def rotary(
 
     Raises:
         RotaryError: where that does not fit together, or autograd is recording, for which there is no backward.
+        NotExact: with "complex", where torch's product on that device is none that the kernel knows.
     """
     cos, sin, width = _checked((x,), cos, sin, pairs, arithmetic, rotary_dim)
     if x.stride(-1) != 1:
@@ -76,7 +81,8 @@ def rotary_qk_(
     """As `rotary`, but where they are: `q` (B, S, Hq, D) and `k` (B, S, Hk, D), which may have fewer heads, or None.
 
     Raises:
-        RotaryError: as `rotary`; and where the last dimension of `q` or `k` is strided, or they share memory.
+        RotaryError: as `rotary`; and where the last dimension of `q` or `k` is strided.
+        NotExact: as `rotary`.
     """
     given = (q,) if k is None else (q, k)
     cos, sin, width = _checked(given, cos, sin, pairs, arithmetic, rotary_dim)
@@ -123,6 +129,8 @@ def _checked(given, cos, sin, pairs, arithmetic, rotary_dim) -> tuple[torch.Tens
         raise RotaryError(f"cos and sin are real and alike; got {_described(cos)} and {_described(sin)}")
     if arithmetic == "rounded" and cos.dtype != x.dtype:
         raise RotaryError(f'"rounded" needs tables of the dtype of x, {x.dtype}; got {cos.dtype}')
+    if arithmetic == "complex" and cos.dtype not in (torch.float32, torch.float64):
+        raise RotaryError(f'"complex" needs tables in float32 or float64, got {cos.dtype}')
     if cos.dim() < 4:
         cos, sin = ((each[None] if each.dim() == 2 else each).unsqueeze(-2) for each in (cos, sin))
     for x in given:

@@ -17,11 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import NotExact
+
 _CONTRACTIONS = ("none", "first", "second")
-
-
-class NotExact(Exception):
-    """No form of the kernel has the bits of torch's own complex product on this device."""
 
 
 def launch(
