@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
 from ...bench import version
+from ...local import Locals
 
 _GRID = (3, 22, 40)  # latent frames, height and width of a Matrix-Game 2 block, in tokens
 
@@ -84,19 +84,18 @@ class Case:
         return f"{self.library} {installed}: {error}" if installed else f"{self.library} is not installed"
 
 
-def wan_closure() -> FunctionType:
-    """The function that diffusers' Wan attention defines anew in each call, out of the constants of its code.
+def wan_closure() -> Callable[..., torch.Tensor]:
+    """The function that diffusers' Wan attention defines anew in each call.
 
     Raises:
         LookupError: this diffusers has none.
     """
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    call = WanAttnProcessor.__call__
-    for constant in call.__code__.co_consts:
-        if isinstance(constant, CodeType) and constant.co_name == "apply_rotary_emb" and not constant.co_freevars:
-            return FunctionType(constant, call.__globals__)
-    raise LookupError("no function apply_rotary_emb in WanAttnProcessor.__call__")
+    functions = vars(Locals(WanAttnProcessor.__call__))
+    if "apply_rotary_emb" not in functions:
+        raise LookupError("no function apply_rotary_emb in WanAttnProcessor.__call__")
+    return functions["apply_rotary_emb"]
 
 
 def _wan(q: torch.Tensor, k: torch.Tensor) -> Problem:
