@@ -123,7 +123,7 @@ def environment(device: str) -> dict[str, str]:
     """What a figure depends on besides the code: hardware and versions."""
     cpu = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
-    packages = ("torch", "wrapt", "diffusers", "fastvideo")
+    packages = ("torch", "wrapt", "diffusers", "transformers", "fastvideo")
     versions = {"dit-patch": __version__, **{name: found for name in packages if (found := version(name))}}
     return {"device": name, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **versions}
 
@@ -137,7 +137,7 @@ def hits(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
     nothing = Timer("f(*a, **k)", globals={"f": lambda *a, **k: None, "a": (), "k": {}}).blocked_autorange(
         min_run_time=seconds
     )
-    with patched_frame(model, arguments):
+    with patched_frame(model, spec, arguments):
         for call in calls:
             hit = _time(getattr(call.owner, call.name), call, seconds)
             yield Row("hits", spec.name, "mini", call.site.at, "us", *_microseconds(nothing, hit))
@@ -149,7 +149,7 @@ def sites(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
         case = spec.bench_case(name)
         model, arguments, calls = real(spec, case, device)
         plain = [_time(getattr(call.owner, call.name), call, seconds) for call in calls]
-        with patched_frame(model, arguments):
+        with patched_frame(model, spec, arguments):
             for call, before in zip(calls, plain):
                 after = _time(getattr(call.owner, call.name), call, seconds)
                 yield Row("sites", spec.name, name, call.site.at, "us", *_microseconds(before, after))
@@ -162,7 +162,7 @@ def kernels(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
         model = mini.build(spec, case).to(device)
         forwards = list(mini.forwards(case, case.sizes[0], steps=3, device=device))
         plain = _operations(model, mini.fresh(forwards))
-        with apply(model):
+        with apply(model, only=spec.name):
             patched = _operations(model, mini.fresh(forwards))
         yield Row("kernels", spec.name, variant or "mini", "operations per forward", "", plain, patched)
 
@@ -173,7 +173,7 @@ def forwards(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
     cases |= {name: spec.bench_case(name) for name, case in spec.bench.items() if case.whole}
     for name, case in cases.items():
         plain, patched = (mini.build(spec, case).to(device) for _ in range(2))
-        with apply(patched):
+        with apply(patched, only=spec.name):
             for model in (plain, patched):
                 _generation(model, case, 0, device)
             before, after, start, number = [], [], time.perf_counter(), 0
@@ -247,14 +247,14 @@ def real(spec: Spec, case: Case, device: str) -> tuple[torch.nn.Module, dict[str
     dtype = torch.float32 if case.whole else torch.bfloat16
     model = mini.build(spec, case, dtype=dtype).to(device)
     arguments = next(mini.forwards(case, case.sizes[0], dtype=dtype, device=device))
-    first = None if case.whole else model.get_submodule(f"{spec.blocks[0].at}.0")
+    first = None if case.whole or not spec.blocks else model.get_submodule(f"{spec.blocks[0].at}.0")
     return model, arguments, record(model, spec, arguments, first)
 
 
 @contextmanager
-def patched_frame(model: torch.nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
+def patched_frame(model: torch.nn.Module, spec: Spec, arguments: dict[str, Any]) -> Iterator[None]:
     """Patched, and as if inside one forward of `model`, so that its sites can be called one by one."""
-    with apply(model, max_bytes=8 << 30), torch.no_grad():
+    with apply(model, only=spec.name, max_bytes=8 << 30), torch.no_grad():
         hooks = scope.scope_of(model)
         hooks.enter(model, (), arguments)
         try:

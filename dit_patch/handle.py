@@ -7,7 +7,7 @@ through its own hooks; there is no table of handles.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +74,8 @@ def apply(
         target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too; or a
             FastVideo `VideoGenerator`, whose models are patched in its worker processes.
         only: kinds of sites to patch, of "rope", "timestep", "mask", "context", "rotary", "kv_cache"; or names of
-            specs, such as "diffusers/wan", whose models alone are patched then. All by default.
+            specs, such as "diffusers/wan", whose models alone are patched then. All by default, but for specs that
+            are `off_by_default`, which have to be named.
         max_bytes: what all caches of this handle may hold together, in bytes.
         check: "first" computes the first hit of each new signature again and compares it bit for bit, "always" every
             hit, "never" none.
@@ -422,21 +423,58 @@ def with_specs(
 ) -> dict[str, tuple[torch.nn.Module, Spec]]:
     """Those of the models that there is a spec for, each with it; where `names` are given, only of these specs.
 
+    Specs that are off by default are left out unless they are named.
+
     Raises:
-        UnsupportedModelError: there is none for any of them.
+        UnsupportedModelError: there is none for any of them, or none that is on.
     """
-    known = {name: (model, spec) for name, model in models.items() if (spec := registry.find(type(model))) is not None}
-    found = {name: each for name, each in known.items() if names is None or each[1].name in names}
+    known = _known(models, registry)
+    found = {name: each for name, each in known.items() if each[1].is_wanted(names)}
     if found:
         return found
-    if known:
+    if known and names:
         others = ", ".join(f"{name} ({spec.name})" for name, (_, spec) in known.items())
         raise UnsupportedModelError(f"only: no model is for {' or '.join(map(quote, names))}; there are: {others}")
-    what = [f"{type(model).__name__} ({type(model).__module__})" for model in models.values()]
-    raise UnsupportedModelError(
-        f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"
-        f'    Known: {", ".join(registry.names()) or "none"}. Write one: README, "A spec for your model".'
-    )
+    raise UnsupportedModelError("\n".join(_why_none(models, known, registry)))
+
+
+def _why_none(
+    models: dict[str, torch.nn.Module], known: dict[str, tuple[torch.nn.Module, Spec]], registry: Registry
+) -> Iterator[str]:
+    """For each of the models why it is not patched, where no spec was named."""
+    unknown = [model for name, model in models.items() if not any(f"{path}.".startswith(f"{name}.") for path in known)]
+    if unknown or not models:
+        what = [f"{type(model).__name__} ({type(model).__module__})" for model in unknown]
+        yield (
+            f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"
+            f'    Known: {", ".join(registry.names()) or "none"}. Write one: README, "A spec for your model".'
+        )
+    for path, (_, spec) in known.items():
+        yield (
+            f"{path}: {spec.name} is off by default: {spec.off_by_default}\n"
+            f'    Ask for it by name: only=["{spec.name}"], or --patch-model {spec.name}.'
+        )
+
+
+def _known(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """The models that there is a spec for; of a model without one, those inside it, by their paths."""
+    known: dict[str, tuple[torch.nn.Module, Spec]] = {}
+    seen: set[torch.nn.Module] = set()
+
+    def look(path: str, module: torch.nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        spec = registry.find(type(module))
+        if spec is not None:
+            known[path] = module, spec
+            return
+        for name, child in module.named_children():
+            look(f"{path}.{name}", resolve.unwrap(child))
+
+    for name, model in models.items():
+        look(name, model)
+    return known
 
 
 def _existing(models: list[torch.nn.Module], options: Options) -> Handle | None:

@@ -79,8 +79,9 @@ def compiled(module: torch.nn.Module) -> bool:
 
 def compiled_in(target: Any, model: torch.nn.Module) -> bool:
     """Whether `target`, a pipeline or a module, calls `model` as compiled code."""
-    parts = [part for part in _parts(target).values() if isinstance(part, torch.nn.Module) and unwrap(part) is model]
-    return any(map(compiled, (model, *parts)))
+    parts = [part for part in _parts(target).values() if isinstance(part, torch.nn.Module)]
+    around = [part for part in parts if any(each is model for each in part.modules())]
+    return any(map(compiled, (model, *around)))
 
 
 def compiled_along(model: torch.nn.Module, path: str) -> bool:

@@ -6,7 +6,7 @@ hold, stay plain dicts and lists for the models' sake, to be read and not writte
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -376,6 +376,11 @@ class Spec(_Declared):
     requires: tuple[Requirement, ...] = Field(
         default=(), description="The packages and versions that this was verified with, as for pip."
     )
+    off_by_default: str | None = Field(
+        default=None,
+        description="Why this is taken up only where it is asked for by name, as the user will read it. A spec that "
+        "extends this one says so itself, or is on.",
+    )
     blocks: tuple[Blocks, ...] = Field(default=(), description="The lists of blocks, for the step cache.")
     step_cache: StepCacheRule | None = Field(
         default=None, description="What step caching has to know about this model."
@@ -413,6 +418,10 @@ class Spec(_Declared):
         """The dotted names of the classes that it is for."""
         return self.models or ((self.model,) if self.model else ())
 
+    def is_wanted(self, names: Collection[str] | None) -> bool:
+        """Whether it is taken up where specs of these names are asked for, or where none is named."""
+        return self.name in names if names else self.off_by_default is None
+
     def where(self, key: str) -> str:
         """The file:line:column of a top-level key, for messages; the spec's name where it was not read from text."""
         return self._starts.get((key,), self._name)
@@ -433,6 +442,8 @@ class Spec(_Declared):
             yield ("models",), "a spec has a `model` or `models`, not both"
         elif not self.classes:
             yield (), "`model` is missing: the dotted name of the class that the spec is for"
+        if self.off_by_default is not None and not self.off_by_default.strip():
+            yield ("off_by_default",), "needs the reason, which is what the user will read"
         if not (self.sites or self.blocks or self.extends):
             yield (), "a spec needs at least one of `sites`, `blocks` and `extends`; without them it does nothing"
         for part in ("blocks", "sites"):

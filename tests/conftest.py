@@ -35,6 +35,11 @@ def skip_unless_installed(spec) -> None:
             pytest.skip(f"{spec.name} needs {line}")
 
 
+def asked_for(spec, *kinds: str) -> tuple[str, ...] | None:
+    """What `only` has to be for the sites of the spec, or those of some kinds: one that is off by default is named."""
+    return (*kinds, spec.name) if spec.off_by_default else kinds or None
+
+
 class Tiny:
     """A spec's mini model to be patched, and `plain`, its twin with the same weights, that never is."""
 
@@ -51,7 +56,7 @@ class Tiny:
         return self.model, self.plain
 
     def apply(self, **options) -> Handle:
-        self.handle = apply(self.model, **options)
+        self.handle = apply(self.model, **{"only": asked_for(self.spec)} | options)
         return self.handle
 
     def calls(self, steps: int = 2, size: int = 0, **options) -> list[dict]:

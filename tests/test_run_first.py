@@ -168,6 +168,35 @@ def test_a_model_that_another_pipeline_shares_is_patched_alone():
     assert handle_of(shared) is not handle_of(pipeline.components["own"])
 
 
+class Around(torch.nn.Module):
+    """A model without a spec, with one inside that has one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def forward(self, **inputs):
+        return self.inside(**inputs)
+
+
+def test_a_pipeline_that_has_the_model_inside_another_is_found_and_patched_at_once(journal):
+    pipeline = Pipeline(encoder=Around(Model()), transformer=Known())
+    pipeline(**toys.inputs())
+    handle = handle_of(pipeline.components["transformer"])
+    assert list(handle.models) == ["encoder.inside", "transformer"]
+    assert handle_of(pipeline.components["encoder"].inside) is handle
+    assert journal.failures == ()
+
+
+def test_what_the_program_has_patched_inside_another_model_stays(journal, tmp_path):
+    pipeline = Pipeline(encoder=Around(Model()), transformer=Known())
+    own = dit_patch.apply(pipeline.components["encoder"], specs=[tmp_path / "specs"])
+    pipeline(**toys.inputs())
+    assert handle_of(pipeline.components["encoder"].inside) is own
+    assert list(handle_of(pipeline.components["transformer"]).models) == ["model"]
+    assert journal.failures == ()
+
+
 def test_an_object_that_only_looks_like_a_pipeline_is_passed_by():
     class Odd:
         @property

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import skip_unless_installed
+from conftest import asked_for, skip_unless_installed
 
 import dit_patch
 from dit_patch import mini, verify
@@ -93,7 +93,7 @@ def test_patched_and_unpatched_are_equal_over_sizes_prompts_and_steps_and_sites_
     forwards = [each for number in range(len(case.sizes)) for each in generation(case, number, dtype, number)]
     with torch.autocast("cpu", torch.bfloat16, enabled=name.startswith(AUTOCAST) and dtype is torch.bfloat16):
         plain = verify.run(model, forwards)
-        with dit_patch.apply(model) as handle:
+        with dit_patch.apply(model, only=asked_for(SPECS[name])) as handle:
             assert verify.first_difference(plain, verify.run(model, forwards)) is None
             expect_hits(handle, case, len(forwards))
         assert verify.first_difference(plain, verify.run(model, forwards)) is None
@@ -104,7 +104,7 @@ def test_each_site_of_a_spec_is_reached_and_hits_in_one_of_its_minis(name):
     hit = set()
     for variant in (None, *SPECS[name].mini.variants):
         model, case = build(name, variant)
-        with dit_patch.apply(model) as handle:
+        with dit_patch.apply(model, only=asked_for(SPECS[name])) as handle:
             verify.run(model, generation(case))
             hit |= {row.at for row in handle.stats() if row.hits}
     here = [site for site in SPECS[name].sites if not site.accelerator]
@@ -168,14 +168,15 @@ CHANGES = [cast, edit_weights, load, replace_weights, *WITH_PEFT]
 @pytest.mark.parametrize("name", SPECS)
 def test_weights_that_change_between_generations_count_even_with_the_same_inputs(name, change):
     model, case = build(name)
-    if change in WITH_PEFT and not hasattr(model, "add_adapter"):
-        pytest.skip("not a model that peft adds adapters to")
+    needed = "fuse_lora" if change in (fused, fused_and_unloaded) else "add_adapter"
+    if change in WITH_PEFT and not hasattr(model, needed):
+        pytest.skip("not a model that peft adds adapters to, or that they can be fused into")
     twin, _ = build(name)
     forwards = generation(case)
     # Of the dtype that the change leaves, so that prompt and timestep are the very same tensors before and after.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft|diffusers")
-        with dit_patch.apply(model) as handle:
+        with dit_patch.apply(model, only=asked_for(SPECS[name])) as handle:
             first = verify.run(model, forwards)
             assert verify.first_difference(first, verify.run(twin, forwards)) is None
             for each in (model, twin):
@@ -211,7 +212,7 @@ def test_a_prompt_that_is_replaced_or_rewritten_mid_run_counts(name):
 
     plain = run(replaced, False), [] if case.rollout else run(rewritten, True)
     rewritten = generation(case)
-    with dit_patch.apply(model):
+    with dit_patch.apply(model, only=asked_for(SPECS[name])):
         assert verify.first_difference(plain[0], run(replaced, False)) is None
         assert verify.first_difference(plain[1], [] if case.rollout else run(rewritten, True)) is None
 
@@ -219,7 +220,7 @@ def test_a_prompt_that_is_replaced_or_rewritten_mid_run_counts(name):
 @pytest.mark.parametrize("name", SPECS)
 def test_two_generations_with_one_handle_equal_those_of_fresh_models(name):
     model, case = build(name)
-    with dit_patch.apply(model):
+    with dit_patch.apply(model, only=asked_for(SPECS[name])):
         for number in (0, 1, 0):
             forwards = generation(case, number, size=number)
             fresh, _ = build(name)
@@ -229,7 +230,7 @@ def test_two_generations_with_one_handle_equal_those_of_fresh_models(name):
 @pytest.mark.parametrize("name", SPECS)
 def test_only_the_kinds_asked_for_are_patched(name):
     model, case = build(name)
-    with dit_patch.apply(model, only=["rope"]) as handle:
+    with dit_patch.apply(model, only=asked_for(SPECS[name], "rope")) as handle:
         verify.run(model, generation(case))
         assert {row.kind for row in handle.stats()} == {"rope"}
         assert all(row.hits for row in handle.stats())
@@ -249,7 +250,7 @@ def test_nothing_is_left_behind(name, variant):
         }
 
     before = everything()
-    with dit_patch.apply(model):
+    with dit_patch.apply(model, only=asked_for(SPECS[name])):
         assert everything() != before
         verify.run(model, generation(case))
     after = everything()

@@ -20,5 +20,5 @@ def run(options: argparse.Namespace) -> int:
     middle = max(map(len, kinds))
     for spec, kind in zip(specs, kinds):
         classes = ", ".join(name.rpartition(".")[2] for name in spec.classes)
-        print(f"{spec.name:<{width}}  {kind:<{middle}}  {classes}")
+        print(f"{spec.name:<{width}}  {kind:<{middle}}  {classes}{'  (off by default)' if spec.off_by_default else ''}")
     return 0

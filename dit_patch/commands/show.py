@@ -21,6 +21,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"  model     {name}")
     if spec.requires:
         print(f"  requires  {', '.join(spec.requires)}")
+    if spec.off_by_default:
+        print(f"  off       by default: {spec.off_by_default}\n            only={[spec.name]} asks for it")
     for blocks in spec.blocks:
         print(f"  blocks    {blocks.at}, pattern {blocks.pattern}")
     rule = spec.step_cache

@@ -17,7 +17,7 @@ _READS_THEM = frozenset({"locals", "vars", "eval", "exec", "dir"})
 
 
 def pipeline_of(model: torch.nn.Module) -> Any | None:
-    """The innermost pipeline, as `resolve.models` knows it, that has a method on the stack and `model` in it."""
+    """The innermost pipeline, as `resolve.models` knows it, with a method on the stack and `model` in its parts."""
     seen: list[Any] = []
     for owner in _owners(sys._getframe(1)):
         if any(owner is each for each in seen) or isinstance(owner, torch.nn.Module):
@@ -27,7 +27,7 @@ def pipeline_of(model: torch.nn.Module) -> Any | None:
             parts = resolve.models(owner)
         except Exception:  # no pipeline; or one that cannot say what is in it
             continue
-        if any(part is model for part in parts.values()):
+        if any(module is model for part in parts.values() for module in part.modules()):
             return owner
     return None
 

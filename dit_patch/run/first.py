@@ -177,9 +177,10 @@ class First:
 def _target(model: torch.nn.Module) -> Any:
     """The pipeline that runs the model; or the model, where there is none, or where others have patched some of it."""
     pipeline = pipeline_of(model)
-    if pipeline is None or any(scope_of(part) is not None for part in resolve.models(pipeline).values()):
+    if pipeline is None:
         return model
-    return pipeline
+    parts = resolve.models(pipeline).values()
+    return model if any(scope_of(each) is not None for part in parts for each in part.modules()) else pipeline
 
 
 def _failed(name: str, error: Exception) -> None:

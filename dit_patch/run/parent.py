@@ -69,7 +69,7 @@ def _classes(choice: Choice) -> list[str]:
     hint = "\n    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
     _, names = registry.selection(choice.options["only"] or (), "--patch-model", hint)
     StepCache.of(choice.options["step_cache"])
-    return [name for name, spec in registry.classes().items() if not names or spec.name in names]
+    return [name for name, spec in registry.classes().items() if spec.is_wanted(names)]
 
 
 def _report_file(path: str | None) -> str | None:
