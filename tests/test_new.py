@@ -26,10 +26,10 @@ def new(*arguments, capsys):
 def test_the_beginning_for_wan_has_its_sites_blocks_and_mini_and_passes_check(tmp_path, capsys):
     file = tmp_path / "specs" / "mine.yaml"
     status, out, err = new(WAN, "--out", file, capsys=capsys)
-    assert status == 0 and "5 sites, 1 list of blocks" in out and "did not run" not in err
+    assert status == 0 and "6 sites, 1 list of blocks" in out and "did not run" not in err
     begun, whole = Registry().read(file), Registry(plugins=False).get("diffusers/wan")
     ours, theirs = ({site.at: site for site in spec.sites} for spec in (begun, whole))
-    assert set(ours) == {at for at, site in theirs.items() if "image" not in at and site.kind != "rotary"}
+    assert set(ours) == {at for at in theirs if "image" not in at}
     assert all(ours[at].kind == theirs[at].kind for at in ours)
     assert [each.at for each in begun.blocks] == ["blocks"] and begun.blocks[0].pattern == 3
     assert begun.requires and begun.mini.config["num_layers"] == 2

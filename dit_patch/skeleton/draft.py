@@ -15,7 +15,7 @@ from .. import mini, verify
 from ..check import probe
 from ..errors import DitPatchError, quote, suggest
 from ..spec import Mini, Spec
-from . import guess, observe
+from . import guess, observe, rotary
 from .write import Draft
 
 STEPS = 3
@@ -86,7 +86,7 @@ def _look(made: Draft, name: str, own: Mini) -> None:
     verify.run(model, mini.fresh(forwards))
     made.forwards = len(forwards)
     made.blocks = observe.patterns(model, mini.fresh(forwards))
-    made.sites = observe.sites(model, mini.fresh(forwards), moments)
+    made.sites = observe.sites(model, mini.fresh(forwards), moments) + rotary.sites(model, mini.fresh(forwards)[0])
 
 
 def _empty(cls: type[torch.nn.Module]) -> dict[str, Any]:

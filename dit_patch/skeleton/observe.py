@@ -22,7 +22,7 @@ from ..patch import Means, Patch
 from ..source import fingerprint
 from ..spec import Site, Spec
 
-SINUSOID = "dit_patch.functions.sinusoid:timesteps"
+_SINUSOID = "dit_patch.functions.sinusoid:timesteps"
 _TRIVIAL = {f"torch.nn.modules.{name}" for name in ("activation", "container", "dropout")}
 _ROPE = re.compile(r"rope|rotary|pos_?emb|position", re.IGNORECASE)
 
@@ -37,7 +37,7 @@ class Proposal:
     calls: int
     hits: int
     about: str
-    source: str | None = None
+    use: tuple[str, str] | None = None  # a replacement, and the fingerprint of what it stands in for
     reads: tuple[str, ...] = ()
 
 
@@ -146,8 +146,8 @@ def _words(patch: Patch) -> str:
     return f"{patch.site.at} {type(patch.owner).__name__}"
 
 
-def _sinusoid(module: torch.nn.Module) -> str | None:
-    """The fingerprint of a `Timesteps` of diffusers', which dit_patch has a replacement for."""
+def _sinusoid(module: torch.nn.Module) -> tuple[str, str] | None:
+    """What makes the frequencies of a `Timesteps` of diffusers' once, and the fingerprint of that."""
     if type(module).__name__ != "Timesteps" or not type(module).__module__.startswith("diffusers."):
         return None
-    return fingerprint(type(module).forward)
+    return _SINUSOID, fingerprint(type(module).forward)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from .observe import SINUSOID, BlockList, Proposal
+from .observe import BlockList, Proposal
 
 
 @dataclass
@@ -84,16 +84,17 @@ def _sites(draft: Draft) -> list[str]:
         "sites:",
     ]
     for each in draft.sites:
-        lines.append(f"  # {each.about}: {each.hits} of {each.calls} calls repeat.")
+        seen = f"{each.hits} of {each.calls} calls repeat" if each.hits else f"{each.calls} calls in a forward"
+        lines.append(f"  # {each.about}: {seen}.")
         lines.append(f"  - at: {each.at}")
         lines.append(f"    kind: {each.kind}")
         if each.key:
             lines.append(f"    key: {_flow(each.key)}")
         if each.reads:
             lines.append(f"    reads: {_flow(list(each.reads))}")
-        if each.source:
-            lines.append(f"    use: {SINUSOID}  # its frequencies are made once")
-            lines.append(f"    source: {each.source}")
+        if each.use:
+            function, source = each.use
+            lines += [f"    use: {function}", f"    source: {source}"]
         lines.append("")
     return lines[:-1]
 
