@@ -85,7 +85,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _identity(tensor: torch.Tensor) -> Hashable:
-    _refuse_autograd(tensor)
+    refuse_autograd(tensor)
     try:
         version = tensor._version
     except RuntimeError:
@@ -95,13 +95,14 @@ def _identity(tensor: torch.Tensor) -> Hashable:
 
 
 def _values(tensor: torch.Tensor) -> Hashable:
-    _refuse_autograd(tensor)
+    refuse_autograd(tensor)
     if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _SMALL:
         return tensor.shape, tensor.dtype, bytes(flat(tensor).view(torch.uint8).tolist()) if tensor.numel() else b""
     return Content(tensor)
 
 
-def _refuse_autograd(tensor: torch.Tensor) -> None:
+def refuse_autograd(tensor: torch.Tensor) -> None:
+    """Raise Uncacheable where what is computed from the tensor would have a history."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise Uncacheable("autograd is recording")
 

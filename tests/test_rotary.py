@@ -132,6 +132,16 @@ class TestDiffusers:
         with pytest.raises(Uncacheable, match="a complex table"):
             functions.diffusers(None, None, (heads(8), torch.randn(1, TOKENS, 4, dtype=torch.complex64), False), {})
 
+    def test_what_upstream_would_refuse_is_left_to_it(self):
+        cos, sin = tables(8, repeat=None)
+        for table in ((cos, sin), tables(8, tokens=3)):
+            with pytest.raises(Uncacheable, match="tables"):
+                functions.diffusers(None, None, (heads(8), table), {"sequence_dim": 1})
+        with pytest.raises(Uncacheable, match="do not fit"):
+            functions.fastvideo(None, None, (heads(8), cos[:, :2], sin[:, :2], False), {})
+        with pytest.raises(Uncacheable, match="float64"):
+            functions.fastvideo(None, None, (heads(8).double(), cos, sin, False), {})
+
 
 class TestFastVideo:
     @pytest.mark.parametrize("table", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..keys import Uncacheable
-from ..rotary import NotExact, rotary, why_not
+from ..keys import Uncacheable, refuse_autograd
+from ..rotary import RotaryError, has_triton, rotary
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -34,6 +34,8 @@ def diffusers(original, instance, args, kwargs) -> torch.Tensor:
     if not real or sequence not in (1, 2) or unbind not in (-1, -2):
         raise Uncacheable("a complex table" if not real else "dimensions that are none")
     cos, sin = tables
+    if cos.shape[-1] != x.shape[-1]:
+        raise Uncacheable(f"tables {tuple(cos.shape)} for {tuple(x.shape)}")
     pairs = "interleaved" if unbind == -1 else "half"
     if sequence == 1:
         return turn(x, cos, sin, pairs=pairs)
@@ -68,14 +70,14 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, tail: bool = 
     Raises:
         Uncacheable: where the original is to do it; with the reason.
     """
-    reason = why_not(x, cos)
-    if reason is None and not _for_each_token(x, cos, tail):
-        reason = f"tables {tuple(cos.shape)} for {tuple(x.shape)}"
-    if reason is not None:
-        raise Uncacheable(reason)
+    refuse_autograd(x)
+    if x.is_cuda and not has_triton():
+        raise Uncacheable("triton is not installed")
+    if not _for_each_token(x, cos, tail):
+        raise Uncacheable(f"tables {tuple(cos.shape)} for {tuple(x.shape)}")
     try:
         return rotary(x, cos, sin, **how)
-    except NotExact as error:
+    except RotaryError as error:
         raise Uncacheable(str(error)) from error
 
 

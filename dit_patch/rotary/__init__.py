@@ -16,7 +16,7 @@ import torch
 from ..errors import DitPatchError, quote, suggest
 from . import cpu, eager
 
-__all__ = ["Arithmetic", "NotExact", "Pairs", "RotaryError", "rotary", "rotary_qk_", "why_not"]
+__all__ = ["Arithmetic", "NotExact", "Pairs", "RotaryError", "has_triton", "rotary", "rotary_qk_"]
 
 Pairs = Literal["interleaved", "half"]
 Arithmetic = Literal["separate", "rounded", "complex"]
@@ -31,7 +31,7 @@ class RotaryError(DitPatchError, ValueError):
     """Tensors that cannot be rotated, or an option that does not exist."""
 
 
-class NotExact(DitPatchError):
+class NotExact(RotaryError):
     """No form of the kernel has the bits of torch's own complex product on this device."""
 
 
@@ -92,23 +92,9 @@ def rotary_qk_(
     torch.ops.dit_patch.rotary_qk_(q, k, cos, sin, width, _PAIRS[pairs], arithmetic)
 
 
-def why_not(x: torch.Tensor, cos: torch.Tensor) -> str | None:
-    """Why `rotary` would not take `x` and its table, or be no faster than the original; None where it does its work."""
-    if torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad):
-        return "autograd is recording"
-    if x.dtype not in _DTYPES or cos.dtype not in _TABLES:
-        return f"{x.dtype} with tables of {cos.dtype}"
-    if x.shape[-1] % 2 or not 0 < x.shape[-1] <= MAX_DIM:
-        return f"heads of {x.shape[-1]} elements"
-    if x.device != cos.device:
-        return f"tables on {cos.device}"
-    if x.is_cuda and not _has_triton():
-        return "triton is not installed"
-    return None
-
-
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether there is a kernel for a GPU; without one, this works there too, but is no faster than the original."""
     return find_spec("triton") is not None
 
 
@@ -181,7 +167,7 @@ def _rotary_qk_(q, k, cos, sin, rotary_dim: int, interleaved: bool, arithmetic: 
 def _rotate(q, q_out, k, k_out, cos, sin, interleaved: bool, arithmetic: str) -> None:
     if q.numel() == 0:
         return
-    if q.is_cuda and _has_triton():
+    if q.is_cuda and has_triton():
         from . import gpu
 
         gpu.launch(q, q_out, k, k_out, cos, sin, interleaved=interleaved, arithmetic=arithmetic)
