@@ -47,12 +47,20 @@ def test_the_beginning_for_wan_has_its_sites_blocks_and_mini_and_passes_check(tm
         ),
         (
             "hunyuan_video.HunyuanVideoTransformer3DModel",
-            {"rope.forward": "rope", "context_embedder.proj_in.forward": "context"},
+            {
+                "rope.forward": "rope",
+                "context_embedder.proj_in.forward": "context",
+                "diffusers.models.embeddings:apply_rotary_emb": "rotary",
+            },
             {"transformer_blocks": 0, "single_transformer_blocks": 0},
         ),
         (
             "flux.FluxTransformer2DModel",
-            {"context_embedder.forward": "context", "pos_embed.forward": "rope"},
+            {
+                "context_embedder.forward": "context",
+                "pos_embed.forward": "rope",
+                "diffusers.models.transformers.transformer_flux:apply_rotary_emb": "rotary",
+            },
             {"transformer_blocks": 1},
         ),
     ],

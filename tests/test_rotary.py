@@ -247,6 +247,13 @@ class TestTheOperation:
         monkeypatch.setattr(cpu, "_RUN", run)
         assert same_bits(rotary(x, cos, sin), expected)
 
+    def test_a_complex_product_whose_vectors_are_not_whole_is_not_cut(self, monkeypatch):
+        """torch fuses multiplication and addition in the elements that are left over, of one head of all tokens."""
+        x, cos, sin = heads(24, number=1, tokens=1000), *tables(24, tokens=1000, repeat=None)
+        product = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
+        monkeypatch.setattr(cpu, "_RUN", 24 * 99)
+        assert same_bits(rotary(x, cos, sin, arithmetic="complex"), torch.view_as_real(product).flatten(-2))
+
     def test_infinities_and_signs_of_zero_come_out_as_they_do_eagerly(self):
         values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-40, -1e-45, 3.0, 1e38])
         x = torch.cartesian_prod(values, values).reshape(1, -1, 1, 32)
