@@ -9,6 +9,7 @@ the other sites.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -104,6 +105,7 @@ class Patch:
         self._leftovers = means.leftovers
         self._cleared: list[Any] | None = None
         self._layer: wrapped.Wrapped | None = None
+        self._end: weakref.finalize | None = None
 
     def install(self) -> None:
         """Wrap the attribute, or wrap it again where another library has dropped the layer."""
@@ -114,7 +116,13 @@ class Patch:
         if self._cleared is None:
             self._cleared = [getattr(owner, attribute) for owner, attribute in self._leftovers]
         self.moved()
-        self._layer = wrapped.install(self.owner, self.name, self)
+        if not self._everywhere:
+            self._layer = wrapped.install(self.owner, self.name, self)
+            return
+        # A global outlives the model, which must not live on in it.
+        self._layer = wrapped.install(self.owner, self.name, _Weakly(self))
+        self._end = weakref.finalize(self, wrapped.remove, self._layer)
+        self._end.atexit = False
 
     def moved(self) -> None:
         """Have the model make again what it keeps in attributes: it runs on another device from now on."""
@@ -128,6 +136,8 @@ class Patch:
         for (owner, attribute), value in zip(self._leftovers, self._cleared or ()):
             setattr(owner, attribute, value)
         self._cleared = None
+        if self._end is not None:
+            self._end.detach()
         return self._layer is None or wrapped.remove(self._layer)
 
     def clear(self) -> None:
@@ -297,6 +307,19 @@ class Patch:
 
     def signature(self, args: tuple, kwargs: dict) -> Hashable:
         return tuple(self._everything.parts(args, kwargs, None))
+
+
+class _Weakly:
+    """Hands calls on to a patch for as long as that is there."""
+
+    __slots__ = ("_patch",)
+
+    def __init__(self, patch: Patch) -> None:
+        self._patch = weakref.ref(patch)
+
+    def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        patch = self._patch()
+        return original(*args, **kwargs) if patch is None else patch(original, instance, args, kwargs)
 
 
 class _Call:
