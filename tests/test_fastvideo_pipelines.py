@@ -204,7 +204,12 @@ def names(tiny):
 ALL = len(SEEDS)
 
 
-def wan(forwards, steps, prompts=1, images=0):
+ROTARY = "fastvideo.attention.layer:_apply_rotary_emb"
+ACTION_ROTARY = "fastvideo.models.dits.matrixgame{}.action_module:_apply_rotary_emb"
+EXPANSION = "dit_patch.functions.matrixgame:expansion"
+
+
+def wan(forwards, steps, prompts=1, images=0, layers=2):
     """The passes of a step share its timestep; prompts and images are new in each generation."""
     every = ALL * forwards
     expected = {
@@ -213,11 +218,12 @@ def wan(forwards, steps, prompts=1, images=0):
         EMBEDDER: (every, ALL * steps),
         MODULATION: (every, ALL * steps),
         TEXT: (every, ALL * prompts),
+        ROTARY: (layers * every, 0),  # queries and keys in one tensor
     }
     return expected | ({IMAGE: (every, ALL * images)} if images else {})
 
 
-def causal_wan(forwards, tables, caches=1):
+def causal_wan(forwards, tables, caches=1, layers=2):
     """A timestep of its own for each forward; a rope table for each block of frames, kept for all generations."""
     every = ALL * forwards
     return {
@@ -227,10 +233,11 @@ def causal_wan(forwards, tables, caches=1):
         MODULATION: (every, every),
         TEXT: (every, ALL),
         KV: (ALL * caches, 0),
+        "forward:_apply_rotary_emb": (2 * layers * every, 0),
     }
 
 
-def matrixgame2(blocks, action_modules=2):
+def matrixgame2(blocks, action_modules=2, layers=3):
     """Three steps a block, and a forward more that fills the KV cache. Masks and the model's rope are never read."""
     every = ALL * blocks * (3 + 1)
     expected = {
@@ -242,11 +249,16 @@ def matrixgame2(blocks, action_modules=2):
         "_prepare_blockwise_causal_attn_mask": (every, 1),
         "_prepare_blockwise_causal_attn_mask_action": (2 * every, 1),
         KV: (ALL, 0),
+        "forward:causal_rope_apply": (2 * layers * every, 0),
+        EXPANSION: (2 * layers * every, layers * blocks),
     }
-    return expected | ({ACTION_ROPE: (action_modules, 1), ACTION_KV: (ALL, 0)} if action_modules else {})
+    if not action_modules:
+        return expected
+    turned = 4 * action_modules * every  # queries and keys, of the mouse and the keyboard
+    return expected | {ACTION_ROPE: (action_modules, 1), ACTION_KV: (ALL, 0), ACTION_ROTARY.format(2): (turned, 0)}
 
 
-def hunyuan(steps):
+def hunyuan(steps, layers=2 + 2):
     """Guidance is distilled, so that there is one pass a step."""
     every = ALL * steps
     inputs = ["guidance_in", "vector_in", "txt_in.c_embedder", "txt_in.input_embedder"]
@@ -256,10 +268,11 @@ def hunyuan(steps):
         "time_in.forward": (every, every),
         "txt_in.t_embedder.forward": (every, every),
         **{f"{at}.forward": (every, ALL) for at in inputs},
+        ROTARY: (layers * every, 0),
     }
 
 
-def hunyuan15(steps, *timesteps):
+def hunyuan15(steps, *timesteps, layers=2):
     """Two passes a step; an image of zeros stands for none, and to see whether it is that takes three operations."""
     every = ALL * 2 * steps
     prompts = ["txt_in.c_embedder", "txt_in.input_embedder", "txt_in_2"]
@@ -271,10 +284,11 @@ def hunyuan15(steps, *timesteps):
         "image_embedder.forward": (every, ALL),
         "cond_type_embed.forward": (3 * every, 3),
         "image_embedder..double_blocks.0": (3 * every, 3 * ALL),
+        ROTARY: (layers * every, 0),
     }
 
 
-def matrixgame3(clips, steps, layers, base, memories):
+def matrixgame3(clips, steps, layers, base, memories, action_modules=2):
     """The first clip has no memory, nor has the base model's second pass; `memories` are the different ones of all."""
     with_memory = (clips - 1) * steps  # forwards
     forwards = clips * steps * (1 + base)
@@ -283,6 +297,7 @@ def matrixgame3(clips, steps, layers, base, memories):
     timesteps = ALL * (clips * steps + base * with_memory)
     cameras = ALL * (clips + base * (clips - 1))
     rotations = ALL * 2 * layers * (forwards + with_memory)  # of queries and keys, of frames and of memory
+    of_actions = ALL * 4 * action_modules * (forwards + with_memory)
     of_camera = ["camera_patch_embedding", "c2ws_hidden_states_layer1", "c2ws_hidden_states_layer2"]
     in_blocks = ["cam_injector_layer1", "cam_injector_layer2", "cam_scale_layer", "cam_shift_layer"]
     return {
@@ -290,7 +305,8 @@ def matrixgame3(clips, steps, layers, base, memories):
         # Numbers of frames; and nine ranges and numbers, of which three differ, as the table is made, and checked.
         "..patch_embedding": (every + ALL * with_memory + 2 * 9, clips + memories + 3),
         "forward:_apply_rope_with_frame_indices": (rotations, 0),
-        "dit_patch.functions.matrixgame:expansion": (rotations, clips + memories),
+        EXPANSION: (rotations, clips + memories),
+        ACTION_ROTARY.format(3): (of_actions, 0),
         SINUSOID: (timesteps + base, 0),
         EMBEDDER: (every, timesteps),
         MODULATION: (every, timesteps),
@@ -424,7 +440,7 @@ def test_under_inference_mode_what_depends_on_inputs_without_a_version_is_comput
         assert agrees(tiny, "wan", 1) and agrees(tiny, "wan", 0)
     unseen = {"an inference tensor has no version: changes in place would go unseen"}
     assert bypassed(handle) == {("transformer", at): unseen for at in (EMBEDDER, MODULATION, TEXT)}
-    assert counts(handle) == {"transformer": {ROPE: (16, 1), SINUSOID: (16, 0)}}
+    assert counts(handle) == {"transformer": {ROPE: (16, 1), SINUSOID: (16, 0), ROTARY: (32, 0)}}
     assert agrees(tiny, "wan")
 
 
