@@ -239,13 +239,14 @@ class TestTheOperation:
             rotary_qk_(x, None, cos, sin, rotary_dim=width, **options)
         assert same_bits(x, expected)
 
-    @pytest.mark.parametrize("run", [1, 3 * 64, 10 * 3 * 64, 1 << 20])
+    @pytest.mark.parametrize("run", [1, 3 * 64, 10 * 3 * 64, 2 * TOKENS * 3 * 64, 1 << 20])
     def test_however_it_is_cut_into_runs(self, run, monkeypatch):
         cos, sin = (each[None, :, None] for each in tables(64))
-        x = heads(64, torch.bfloat16)
-        expected = closure()(x, cos, sin)
+        of_rows = [torch.cat([each, each.flip(1), each], dim=0) for each in (cos, sin)]
+        x = heads(64, torch.bfloat16, batch=3)
+        expected = [closure()(x, *given) for given in ((cos, sin), of_rows)]
         monkeypatch.setattr(cpu, "_RUN", run)
-        assert same_bits(rotary(x, cos, sin), expected)
+        assert same_bits(rotary(x, cos, sin), expected[0]) and same_bits(rotary(x, *of_rows), expected[1])
 
     def test_a_complex_product_whose_vectors_are_not_whole_is_not_cut(self, monkeypatch):
         """torch fuses multiplication and addition in the elements that are left over, of one head of all tokens."""

@@ -32,16 +32,18 @@ def rotate(
             eager.rotate(*run, interleaved=interleaved, arithmetic=arithmetic)
 
 
-def _runs(x: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    batch, length, heads, width = x.shape
-    step = max(1, _RUN * torch.get_num_threads() // (heads * width))
-    if batch * length <= step:
-        yield x, *others
+def _runs(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors, the first of which has the whole batch, in parts of so many tokens: of one row, or of several."""
+    batch, length, heads, width = tensors[0].shape
+    tokens = max(1, _RUN * torch.get_num_threads() // (heads * width))
+    if batch * length <= tokens:
+        yield tensors
         return
-    for row in range(batch):
-        of_row = [each[row if each.shape[0] > 1 else 0] for each in (x, *others)]
-        for start in range(0, length, step):
-            yield tuple(each[start : start + step] for each in of_row)
+    rows = max(1, tokens // length)
+    for row in range(0, batch, rows):
+        of_rows = [each[row : row + rows] if each.shape[0] > 1 else each for each in tensors]
+        for start in range(0, length, tokens):
+            yield tuple(each[:, start : start + tokens] for each in of_rows)
 
 
 def _complex(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
