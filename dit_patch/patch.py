@@ -190,7 +190,7 @@ class Patch:
                 return self._stand_in(original, args, kwargs, frame)
             if self._unkeyed:
                 result = self.place(self.replace(original, args, kwargs), frame)
-                memo.cache.hits += 1
+                memo.cache.hits += memo.off is None
                 return result
             key = self._key(around, ordinal, args, kwargs, frame)
         except Uncacheable as reason:
@@ -289,21 +289,37 @@ class Patch:
         return map_tensors(lambda tensor: tensor.to(device=device, dtype=self._dtype), value)
 
     def replace(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        """The replacement's result, held to the original bit for bit at the first sight of each signature."""
-        result = self.replacement(original, self.owner, args, kwargs)
-        if self.memo.check == "never":
-            return result
-        signature = self.signature(args, kwargs)
-        if signature not in self._proven or self.memo.check == "always":
+        """The replacement's result, held to the original bit for bit at the first sight of each signature.
+
+        Where it fails at first sight (a kernel that cannot be compiled here, say), the original's.
+        """
+        signature = None if self.memo.check == "never" else self.signature(args, kwargs)
+        known = signature in self._proven
+        try:
+            result = self.replacement(original, self.owner, args, kwargs)
+        except (Uncacheable, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if known:
+                raise
             expected = original(*args, **kwargs)
-            if not same(expected, result):
-                self.replacement, self._unkeyed = None, False
-                self.memo.warn(f"{self.site.use} is not equal to the original here; the original is used")
-                if not self.site.key:
-                    self.memo.off = "its replacement is not equal to the original"
-                return expected
-            self._proven.add(signature)
+            said = (str(error) or "no message").splitlines()[0]
+            self._do_without(f"failed ({type(error).__name__}: {said})")
+            return expected
+        if signature is None or known and self.memo.check != "always":
+            return result
+        expected = original(*args, **kwargs)
+        if not same(expected, result):
+            self._do_without("is not equal to the original here")
+            return expected
+        self._proven.add(signature)
         return result
+
+    def _do_without(self, why: str) -> None:
+        self.replacement, self._unkeyed = None, False
+        self.memo.warn(f"{self.site.use} {why}; the original is used")
+        if not self.site.key:
+            self.memo.off = f"its replacement {why}"
 
     def signature(self, args: tuple, kwargs: dict) -> Hashable:
         return tuple(self._everything.parts(args, kwargs, None))

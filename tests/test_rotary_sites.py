@@ -1,5 +1,6 @@
 """Rotary sites on real models: whose calls they take, when they leave them to the original, and what stays behind."""
 
+import re
 import types
 
 import pytest
@@ -105,6 +106,34 @@ def test_one_that_does_not_give_the_original_s_bits_is_switched_off_with_one_war
         each.agree(each.calls())
     assert len([each for each in warned if "not equal" in str(each.message)]) == 1
     assert "its replacement is not equal to the original" in str(handle)
+
+
+@pytest.mark.parametrize("check", ["first", "never"])
+def test_a_kernel_that_cannot_be_compiled_here_is_told_of_once_and_done_without(rotated, monkeypatch, check):
+    each, at = rotated
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
+
+    monkeypatch.setattr(functions, "rotary", no_compiler)
+    handle = each.apply(check=check)
+    why = "failed (RuntimeError: Failed to find C compiler.)"
+    with pytest.warns(UserWarning, match=re.escape(f"{why}; the original is used")) as warned:
+        assert at not in each.agree(each.calls())
+    assert len([each for each in warned if why in str(each.message)]) == 1
+    assert f"its replacement {why}" in str(handle)
+
+
+def test_out_of_memory_is_the_caller_s_to_know_and_no_reason_to_do_without(wan, monkeypatch):
+    handle = wan.apply(only=["rotary"])
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("not enough")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        patched.setattr(functions, "rotary", full)
+        wan.model(**wan.calls()[0])
+    assert wan.agree(wan.calls())[WAN] and "failed" not in str(handle)
 
 
 def test_each_new_layout_is_compared_once_and_with_check_always_each_call(rotated, monkeypatch):

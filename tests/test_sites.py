@@ -577,7 +577,7 @@ def test_a_replacement_that_is_one_bit_off_is_caught_and_the_original_used(patch
     with pytest.warns(UserWarning, match=f"{OFF} is not equal to the original here; the original is used") as seen:
         agree(model, plain, *[toys.inputs()] * 3)
     assert len(seen) == 1
-    assert "switched off: its replacement is not equal to the original" in toys.row(handle, "time.forward").notes
+    assert "switched off: its replacement is not equal to the original here" in toys.row(handle, "time.forward").notes
 
 
 def test_with_a_key_the_original_is_memoised_instead(patched):
