@@ -5,9 +5,11 @@ A new YAML file is tested by being there.
 
 import warnings
 
+import diffusers
 import pytest
 import torch
 from conftest import asked_for, skip_unless_installed
+from packaging.version import Version
 
 import dit_patch
 from dit_patch import mini, verify
@@ -26,6 +28,9 @@ ELSEWHERE = {
     ("fastvideo/causal_wan", "_prepare_teacher_forcing_mask"),
     ("fastvideo/matrixgame2", "_prepare_blockwise_causal_attn_mask_keyboard"),
 }
+if Version(diffusers.__version__) < Version("0.36"):  # before, SkyReels rotated in another way
+    [rotary] = (site.at for site in SPECS["diffusers/skyreels_v2"].sites if site.kind == "rotary")
+    ELSEWHERE.add(("diffusers/skyreels_v2", rotary))
 
 
 def build(name, variant=None, dtype=torch.float32, seed=0):
