@@ -145,7 +145,7 @@ def text(
     steps: Sequence[StepStats] = (),
 ) -> str:
     """The report: a row per site, its notes below it; and what the step cache did."""
-    width = max((len(row.at) for row in rows), default=4)
+    width = max((len(_short(row.at)) for row in rows), default=4)
     fixed = any(row.fixed for row in rows)
     kind = "fixes on (where they apply, results differ from upstream's)" if fixed else "lossless"
     if step_cache is not None:
@@ -160,13 +160,21 @@ def text(
         for row in own:
             count = sum(row.bypassed.values())
             lines.append(
-                f"  {row.kind:<8}  {row.at:<{width}}  {row.hits:>6}  {row.misses:>6}  {count or '-':>8}  "
+                f"  {row.kind:<8}  {_short(row.at):<{width}}  {row.hits:>6}  {row.misses:>6}  {count or '-':>8}  "
                 f"{_mib(row.nbytes):>10}  {row.seconds_saved * 1e3:.1f} ms"
             )
             lines += [f"  {'':<8}    {note}" for note in row.notes]
     if step_cache is not None:
         lines += step_text(step_cache, steps)
     return "\n".join(lines)
+
+
+def _short(at: str) -> str:
+    """The address as a row shows it: of a function inside a method, without the path to it."""
+    module, _, path = at.partition(":")
+    if "<locals>" not in path:
+        return at
+    return f"{module.rpartition('.')[2]}:{path.partition('.')[0]}...{path.rpartition('.')[2]}"
 
 
 def _mib(nbytes: int) -> str:

@@ -47,6 +47,8 @@ def test_every_call_in_the_model_is_taken_and_none_in_another_of_its_class(wan):
     verify.run(wan.plain, calls)
     assert wan.hits() == {WAN: 2 * LAYERS * len(calls)}
     assert [each.kind for each in handle.stats()] == ["rotary"]
+    [line] = [line.split() for line in str(handle).splitlines() if line.startswith("  rotary")]
+    assert line[1:3] == ["transformer_wan:WanAttnProcessor...apply_rotary_emb", str(2 * LAYERS * len(calls))]
 
 
 def test_two_models_have_a_site_each_and_they_come_off_in_any_order(tiny):
