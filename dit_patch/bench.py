@@ -9,7 +9,7 @@ import csv as csvlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -84,12 +84,17 @@ def run(
                     f"{_shown(row.patched):>10} {row.unit:<2} {gain}"
                 )
     if csv is not None:
-        with csv.open("w", newline="") as file:
-            writer = csvlib.DictWriter(file, [field.name for field in fields(Row)] + list(surroundings))
-            writer.writeheader()
-            writer.writerows({**asdict(row), **surroundings} for row in rows)
+        write_csv(csv, Row, rows, surroundings)
         print(f"\n{csv}")
     return 0
+
+
+def write_csv(path: Path, kind: type, rows: Iterable[Any], surroundings: Mapping[str, str]) -> None:
+    """Every row, a dataclass of that kind, each with the surroundings."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csvlib.DictWriter(file, [*(field.name for field in fields(kind)), *surroundings])
+        writer.writeheader()
+        writer.writerows({**asdict(row), **surroundings} for row in rows)
 
 
 def choose(registry: Registry, names: Sequence[str] | None) -> list[Spec]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -48,6 +49,14 @@ def build(spec: Spec, case: Case, *, dtype: torch.dtype = torch.float32, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_model(spec, case).eval().to(dtype)
+
+
+def precision(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> AbstractContextManager:
+    """What the model's forwards run under: FastVideo's stages keep some of what they pass on in float32, and rely on
+    autocast for the rest."""
+    fastvideo = spec.mini is not None and spec.mini.host == "dit_patch.hosts.fastvideo"
+    mixed = fastvideo and dtype is not torch.float32
+    return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
 
 
 def forwards(

@@ -1,7 +1,5 @@
 """What only a CUDA device can show: no synchronisation in a warm forward, streams, graphs, moved models, kernels."""
 
-import types
-
 import pytest
 import torch
 from conftest import asked_for, skip_unless_installed
@@ -10,6 +8,7 @@ import dit_patch
 from dit_patch import mini, verify
 from dit_patch.functions.kv_cache import integer_indices
 from dit_patch.keys import same_bits
+from dit_patch.local import Locals
 from dit_patch.registry import Registry
 from dit_patch.rotary import eager, rotary, rotary_qk_
 
@@ -197,11 +196,9 @@ REAL = [(1, 32760, 12, 128), (1, 118800, 24, 128), (1, 4680, 12, 128), (880, 3, 
 @pytest.mark.parametrize("shape", REAL, ids=str)
 def test_the_kernel_gives_the_bits_of_the_libraries_functions(shape, dtype):
     from diffusers.models.embeddings import apply_rotary_emb
-    from diffusers.models.transformers import transformer_wan
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    code = transformer_wan.WanAttnProcessor.__call__.__code__
-    [own] = [each for each in code.co_consts if isinstance(each, types.CodeType) and each.co_name == "apply_rotary_emb"]
-    wan = types.FunctionType(own, vars(transformer_wan))
+    wan = Locals(WanAttnProcessor.__call__).apply_rotary_emb
     for table in (torch.float32, torch.float64):
         x, cos, sin = turning(shape, dtype, table)
         assert same_bits(rotary(x, cos, sin), apply_rotary_emb(x, (cos, sin), sequence_dim=1))

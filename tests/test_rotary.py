@@ -1,6 +1,5 @@
 """Rotary embeddings in one pass: each bit of what the libraries' own functions give, over layouts and dtypes."""
 
-import functools
 import shutil
 import types
 
@@ -11,6 +10,7 @@ from dit_patch.functions import matrixgame
 from dit_patch.functions import rotary as functions
 from dit_patch.hosts import fastvideo
 from dit_patch.keys import Uncacheable, same_bits
+from dit_patch.local import Locals
 from dit_patch.memo import same
 from dit_patch.rotary import RotaryError, cpu, eager, rotary, rotary_qk_
 
@@ -43,13 +43,10 @@ def tables(width, dtype=torch.float32, tokens=TOKENS, repeat="interleave"):
     return [torch.cat([each, each], dim=1) for each in found] if repeat == "cat" else list(found)
 
 
-@functools.cache
 def closure(module="transformer_wan", processor="WanAttnProcessor"):
     """The function that an attention processor of diffusers defines inside itself."""
     found = __import__(f"diffusers.models.transformers.{module}", fromlist=[processor])
-    code = getattr(found, processor).__call__.__code__
-    [own] = [each for each in code.co_consts if isinstance(each, types.CodeType) and each.co_name == "apply_rotary_emb"]
-    return types.FunctionType(own, vars(found))
+    return Locals(getattr(found, processor).__call__).apply_rotary_emb
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import os
 import subprocess
 import sys
 import traceback
-import types
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from dit_patch.local import Locals
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = {}
@@ -64,11 +65,9 @@ def tables(length, width, dtype=torch.float32):
 
 def wan_closure():
     """The function inside of `WanAttnProcessor.__call__`."""
-    from diffusers.models.transformers import transformer_wan
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    constants = transformer_wan.WanAttnProcessor.__call__.__code__.co_consts
-    (code,) = (each for each in constants if isinstance(each, types.CodeType) and each.co_name == "apply_rotary_emb")
-    return types.FunctionType(code, vars(transformer_wan))
+    return Locals(WanAttnProcessor.__call__).apply_rotary_emb
 
 
 @case("diffusers", dtype=DTYPES, width=[24, 64, 80, 96, 112, 128, 256])

@@ -120,10 +120,7 @@ class _Trial:
         return f"{self.where:<34}  {'  '.join(said)}"
 
     def _around(self) -> AbstractContextManager:
-        """FastVideo's stages keep some of what they pass on in float32, and rely on autocast for the rest."""
-        fastvideo = self.spec.mini is not None and self.spec.mini.host == "dit_patch.hosts.fastvideo"
-        low = self.dtype is not torch.float32
-        return torch.autocast(torch.device(self.device).type, self.dtype) if fastvideo and low else nullcontext()
+        return mini.precision(self.spec, self.dtype, self.device)
 
     def _live(self, model: torch.nn.Module) -> tuple[Spec, list[Patch]]:
         """The spec without the sites that cannot be made live here, and the patches of the others."""

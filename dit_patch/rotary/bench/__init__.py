@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ... import loading
-from ...bench import choose, environment, installed, version
+from ...bench import choose, environment, installed, version, write_csv
 from ...errors import DitPatchError, quote, suggest
 from ...quiet import quiet_upstream
 from ...registry import Registry
@@ -21,7 +22,7 @@ from . import checks as gpu_checks
 from . import forwards
 from .cases import CASES, Case
 from .contestants import CLONE, COMPILE, CONTESTANTS, EAGER, FLASH, IN_PLACE, OURS, Contestant, Maker, Missing
-from .rows import HEAD, Row, write_csv, write_json
+from .rows import HEAD, Row, write_json
 from .timing import Timed, differing, in_turns, peak_bytes
 
 PARTS = ("ops", "forwards")
@@ -84,9 +85,9 @@ def run(
     finally:
         torch.set_num_threads(before)
     print("\nWhat is asked of dit_patch", *_verdict(rows, place), sep="\n")
-    for write, path in ((write_csv, csv), (write_json, json)):
+    for write, path in ((partial(write_csv, kind=Row), csv), (write_json, json)):
         if path is not None:
-            write(path, rows, about)
+            write(path, rows=rows, surroundings=about)
             print(f"\n{path}")
     return int(any(row.differing or row.note.startswith(_FAILED) for row in rows if row.contestant in _OWN))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import rotary, rotary_qk_
+from .. import eager, rotary, rotary_qk_
 from .rows import Row
 from .timing import differing
 
@@ -112,10 +112,10 @@ def _on_slices(result: torch.Tensor, expected: list[torch.Tensor], slices: list[
 
 
 def _reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in eager torch: a kernel for each product and each sum, in float32, and one rounding at the end."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    """What plain torch makes of it, by tables (S, D / 2)."""
+    out = torch.empty_like(x)
+    eager.rotate(x, out, cos[:, None], sin[:, None], interleaved=True, arithmetic="separate")
+    return out
 
 
 def _noise(shape: tuple[int, ...], device: torch.device, seed: int) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""A row of the benchmark, and how it reads: as a line of a table, as CSV, as JSON."""
+"""A row of the benchmark, and how it reads: as a line of a table, as JSON."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _COLUMNS = "  {:<22}  {:>11}  {:>11}  {:>11}  {:>8}  {:>11}  {:>8}  {:>8}  {:>9}"
@@ -54,17 +53,9 @@ class Row:
         )
 
 
-def write_csv(path: Path, rows: Sequence[Row], environment: Mapping[str, str]) -> None:
-    """Every row, each with the environment."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *environment])
-        writer.writeheader()
-        writer.writerows({**environment, **asdict(row)} for row in rows)
-
-
-def write_json(path: Path, rows: Sequence[Row], environment: Mapping[str, str]) -> None:
+def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, str]) -> None:
     """The environment, and every row."""
-    content = {"environment": dict(environment), "rows": [asdict(row) for row in rows]}
+    content = {"environment": dict(surroundings), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
