@@ -421,3 +421,17 @@ def test_stages_that_run_the_model_are_found_by_what_they_hold(tiny):
     assert counts(each.handle, "pipeline:_initialize_kv_cache") == (4, 0)
     each.handle.remove()
     assert set(vars(mine)) == {"transformer"}
+
+
+def test_in_half_precision_its_models_run_under_autocast_and_nothing_else_does():
+    spec = Registry().get("fastvideo/matrixgame2")
+    case = spec.mini.case("no_cache")
+    model = mini.build(spec, case, dtype=torch.bfloat16)
+    calls = list(mini.forwards(case, case.sizes[0], steps=1, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="dtype"):
+        verify.run(model, calls)
+    with mini.precision(spec, torch.bfloat16, "cpu"):
+        assert verify.run(model, calls)[0][0].isfinite().all()
+    for name, dtype in (("fastvideo/matrixgame2", torch.float32), ("diffusers/wan", torch.bfloat16)):
+        with mini.precision(Registry().get(name), dtype, "cpu"):
+            assert not torch.is_autocast_enabled("cpu")

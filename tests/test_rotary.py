@@ -244,6 +244,8 @@ class TestTheOperation:
         expected = [closure()(x, *given) for given in ((cos, sin), of_rows)]
         monkeypatch.setattr(cpu, "_RUN", run)
         assert same_bits(rotary(x, cos, sin), expected[0]) and same_bits(rotary(x, *of_rows), expected[1])
+        rotary_qk_(x, None, *of_rows)
+        assert same_bits(x, expected[1])
 
     def test_a_complex_product_whose_vectors_are_not_whole_is_not_cut(self, monkeypatch):
         """torch fuses multiplication and addition in the elements that are left over, of one head of all tokens."""
