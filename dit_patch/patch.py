@@ -121,8 +121,7 @@ class Patch:
             return
         # A global outlives the model, which must not live on in it.
         self._layer = wrapped.install(self.owner, self.name, _Weakly(self))
-        self._end = weakref.finalize(self, wrapped.remove, self._layer)
-        self._end.atexit = False
+        self._end = wrapped.remove_when_freed(self, self._layer)
 
     def moved(self) -> None:
         """Have the model make again what it keeps in attributes: it runs on another device from now on."""

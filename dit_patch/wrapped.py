@@ -12,6 +12,7 @@ import functools
 import operator
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,31 @@ def remove(wrapped: Wrapped) -> bool:
     with _lock:
         wrapped._self_call = None
         return _settle(wrapped) or not _hidden(wrapped)
+
+
+def remove_when_freed(of: object, wrapped: Wrapped) -> weakref.finalize:
+    """Have `wrapped` removed when `of` is freed; if something is being compiled just then, at a later collection.
+
+    A collection may come while a compiler writes down as guards which layers it went through.
+    """
+    end = weakref.finalize(of, _remove_unless_compiling, wrapped)
+    end.atexit = False
+    return end
+
+
+def _remove_unless_compiling(wrapped: Wrapped) -> None:
+    # What is_compiling() says in here, where nothing is traced, is new in torch; the context is not.
+    if _is_compiling() or torch._guards.CompileContext.try_get() is not None:
+        remove_when_freed(_Circle(), wrapped)
+    else:
+        remove(wrapped)
+
+
+class _Circle:
+    """Refers to itself, so that it is the next collection that frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
 
 
 def _settle(wrapped: Wrapped) -> bool:

@@ -1,6 +1,8 @@
 """Compilers and exporters see the model as if nobody had patched it; what runs beside compiled code still hits."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dit_patch
-from dit_patch import verify
+from dit_patch import resolve, verify
+from dit_patch.wrapped import Wrapped
 
 WHOLE = "compiled as a whole"
+ROTARY = "diffusers.models.transformers.transformer_wan:WanAttnProcessor.__call__.<locals>.apply_rotary_emb"
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +86,28 @@ class TestAWholeCompiledModel:
         verify.run(model, calls)
         assert each.agree(calls)["rope.forward"] == len(calls) - 1
         assert verify.first_difference(verify.run(model, calls), verify.run(each.plain, calls)) is None
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_another_model_may_be_freed_while_it_compiles(self, tiny, order):
+        """Both have layers on one function of diffusers, and the compiler has gone through both."""
+        compiled, freed = tiny("diffusers/wan"), tiny("diffusers/wan")
+        for each in (freed, compiled)[::order]:
+            each.apply()
+        gone = weakref.ref(freed.model)
+        del freed.model, freed.handle
+        freed.handle = None
+
+        def collect(graph, inputs):
+            gc.collect()
+            assert gone() is None
+            return graph.forward
+
+        calls = compiled.calls()
+        compiled.agree(calls, torch.compile(compiled.model, fullgraph=True, backend=collect))
+        compiled.handle.remove()
+        gc.collect()
+        owner, name = resolve.targets(compiled.plain, ROTARY, "here")[0]
+        assert type(vars(owner)[name]) is not Wrapped
 
     def test_a_graph_break_leaves_both_halves_right(self, wan):
         wan.apply()
