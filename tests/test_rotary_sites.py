@@ -1,5 +1,6 @@
 """Rotary sites on real models: whose calls they take, when they leave them to the original, and what stays behind."""
 
+import gc
 import re
 import types
 
@@ -25,6 +26,7 @@ def libraries_as_they_were():
         code = transformer_wan.WanAttnProcessor.__call__.__code__
         return code, set(vars(transformer_wan)), vars(embeddings)["apply_rotary_emb"]
 
+    gc.collect()  # what tests before this one left behind
     before = state()
     yield
     assert state() == before
