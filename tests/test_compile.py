@@ -1,6 +1,7 @@
 """Compilers and exporters see the model as if nobody had patched it; what runs beside compiled code still hits."""
 
 import gc
+import threading
 import warnings
 import weakref
 
@@ -38,6 +39,12 @@ def of_a_fresh_process(compile, model, calls):
     torch._dynamo.reset()
     graphs = counter()
     return verify.run(compile(model, graphs), calls), graphs.frame_count
+
+
+def in_another_thread(run):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
 
 
 class TestAWholeCompiledModel:
@@ -87,8 +94,9 @@ class TestAWholeCompiledModel:
         assert each.agree(calls)["rope.forward"] == len(calls) - 1
         assert verify.first_difference(verify.run(model, calls), verify.run(each.plain, calls)) is None
 
+    @pytest.mark.parametrize("collect_in", [lambda run: run(), in_another_thread], ids=["this thread", "another"])
     @pytest.mark.parametrize("order", [1, -1])
-    def test_another_model_may_be_freed_while_it_compiles(self, tiny, order):
+    def test_another_model_may_be_freed_while_it_compiles(self, tiny, order, collect_in):
         """Both have layers on one function of diffusers, and the compiler has gone through both."""
         compiled, freed = tiny("diffusers/wan"), tiny("diffusers/wan")
         for each in (freed, compiled)[::order]:
@@ -98,7 +106,7 @@ class TestAWholeCompiledModel:
         freed.handle = None
 
         def collect(graph, inputs):
-            gc.collect()
+            collect_in(gc.collect)
             assert gone() is None
             return graph.forward
 

@@ -179,6 +179,15 @@ class TestMatrixGame:
             given = {"height": 3, "width": 4, "frame_indices": frames}
             assert agree(matrixgame.frame_rope, upstream.frames, x, freqs, **given)
 
+    def test_what_is_left_where_products_cancel_is_that_of_a_complex_product(self, upstream):
+        """On most CPUs torch fuses a product and the sum in the last pairs of a head, where a rounding is left then."""
+        x = heads(20, tokens=2 * 3 * 4)
+        x[..., 1::2] = x[..., 0::2]
+        freqs = torch.randn(64, 10, dtype=torch.float64) * (1 + 1j)
+        assert agree(matrixgame.causal_rope, upstream.causal, x, (2, 3, 4), freqs)
+        given = {"height": 3, "width": 4, "frame_indices": torch.tensor([9, 3])}
+        assert agree(matrixgame.frame_rope, upstream.frames, x, freqs, **given)
+
     @pytest.mark.parametrize("name, args, kwargs", [
         ("causal_rope", (heads(24), (torch.tensor(1), 1, 1), torch.zeros(8, 12)), {}),
         ("causal_rope", (heads(24), (1, 1, 1), torch.zeros(8, 6)), {}),
