@@ -9,9 +9,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from dit_patch import mini, verify
+from dit_patch import mini, resolve, verify
 from dit_patch.handle import Handle, apply
 from dit_patch.registry import Registry
+from dit_patch.wrapped import Wrapped
 
 torch.set_num_threads(1)
 
@@ -75,6 +76,13 @@ class Tiny:
 
     def hits(self) -> Counter[str]:
         return Counter({row.at: row.hits for row in self.handle.stats()} if self.handle else {})
+
+    def layers_on_globals(self) -> list[str]:
+        """The functions shared by all models, of those that the spec names, that somebody's patch is on."""
+        shared = [site.at for site in self.spec.sites if ":" in site.at]
+        assert shared
+        found = {at: resolve.targets(self.plain, at, "here")[0] for at in shared}
+        return [at for at, (owner, name) in found.items() if type(vars(owner)[name]) is Wrapped]
 
     def reasons(self) -> set[str]:
         """Why calls were passed through, over all sites."""
