@@ -8,18 +8,11 @@ handle.remove()
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .errors import (
-    DitPatchError,
-    SiteError,
-    SpecError,
-    StepCacheError,
-    UnsupportedModelError,
-    VersionError,
-)
+from .errors import DitPatchError, SiteError, SpecError, StepCacheError, UnsupportedModelError, VersionError
 
 if TYPE_CHECKING:
-    from .flags import add_arguments, from_args
     from .handle import Handle, apply
+    from .launch.flags import add_arguments, from_args
     from .step_cache import StepCache
 
     __version__: str
@@ -42,9 +35,9 @@ __all__ = [
 _WHERE = {
     "Handle": ".handle",
     "StepCache": ".step_cache",
-    "add_arguments": ".flags",
+    "add_arguments": ".launch.flags",
     "apply": ".handle",
-    "from_args": ".flags",
+    "from_args": ".launch.flags",
 }
 
 

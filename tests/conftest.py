@@ -9,10 +9,12 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from dit_patch import mini, resolve, verify
+from dit_patch.contribute import verify
 from dit_patch.handle import Handle, apply
-from dit_patch.registry import Registry
-from dit_patch.wrapped import Wrapped
+from dit_patch.sites import resolve
+from dit_patch.sites.layers import Wrapped
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 
 torch.set_num_threads(1)
 

@@ -26,11 +26,12 @@ import torch.distributed
 from torch.distributed.fsdp import fully_shard
 
 import dit_patch
-from dit_patch import mini, verify
+from dit_patch.contribute import verify
 from dit_patch.errors import VersionError
 from dit_patch.handle import check_versions
-from dit_patch.registry import Registry
-from dit_patch.spec import Spec
+from dit_patch.spec import mini
+from dit_patch.spec.model import Spec
+from dit_patch.spec.registry import Registry
 
 RANKS = 2
 LIMIT = 240  # seconds

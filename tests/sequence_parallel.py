@@ -25,10 +25,11 @@ from unittest import mock
 import torch
 
 import dit_patch
-from dit_patch import mini, verify
+from dit_patch.contribute import verify
 from dit_patch.handle import Handle
 from dit_patch.hosts import fastvideo
-from dit_patch.registry import Registry
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 from dit_patch.step_cache import ranks
 
 RANKS = 2

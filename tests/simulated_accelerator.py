@@ -25,7 +25,7 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_patch.keys import PLAIN
+from dit_patch.memo.keys import PLAIN
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"

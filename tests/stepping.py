@@ -9,9 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dit_patch
-from dit_patch import mini, tiny_pipelines
+from dit_patch.bench.step_cache.harness import enable_cache_dit
+from dit_patch.pipelines import tiny_pipelines
+from dit_patch.spec import mini
 from dit_patch.step_cache import guards
-from dit_patch.step_cache.harness import enable_cache_dit
 
 EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
 """Caches a good part of what an untrained model does."""

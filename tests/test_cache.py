@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from dit_patch.cache import LAST, Budget, Cache, Entry, map_tensors, tensors_in
+from dit_patch.memo.store import LAST, Budget, Cache, Entry, map_tensors, tensors_in
 
 Pair = collections.namedtuple("Pair", "one two")
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
-from dit_patch import cli, mini
-from dit_patch.check import blocks, cases, probe
-from dit_patch.registry import BUNDLED, Registry
+from dit_patch import cli
+from dit_patch.contribute.check import blocks, cases, probe
+from dit_patch.spec import mini
+from dit_patch.spec.registry import BUNDLED, Registry
 
 pytest.importorskip("diffusers")
 WAN = BUNDLED / "diffusers" / "wan.yaml"

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dit_patch
-from dit_patch import verify
+from dit_patch.contribute import verify
 
 WHOLE = "compiled as a whole"
 

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
-from dit_patch import apply, scope, verify
-from dit_patch.wrapped import Wrapped
+from dit_patch import apply
+from dit_patch.contribute import verify
+from dit_patch.sites import scope
+from dit_patch.sites.layers import Wrapped
 
 
 def deepcopied(model, tmp_path):

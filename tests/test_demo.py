@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from dit_patch import demo, tiny_pipelines
 from dit_patch.errors import DitPatchError
+from dit_patch.pipelines import demo, tiny_pipelines
 
 for module in demo.NEEDED:
     pytest.importorskip(module)
@@ -270,8 +270,6 @@ def test_what_is_missing_is_named_with_the_remedy(module, package, tmp_path, mon
 
 
 def test_importing_the_demo_imports_neither_torch_nor_diffusers():
-    program = (
-        "import sys, dit_patch.demo; sys.exit(bool({'torch', 'diffusers', 'transformers', 'PIL'} & {*sys.modules}))"
-    )
-
+    heavy = {"torch", "diffusers", "transformers", "PIL"}
+    program = f"import sys, dit_patch.pipelines.demo; sys.exit(bool({heavy} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -22,11 +22,12 @@ from simulated_accelerator import (
     to_cpu,
 )
 
-from dit_patch import keys, verify
+from dit_patch.contribute import verify
 from dit_patch.handle import apply
-from dit_patch.keys import same_bits
-from dit_patch.memo import Memo
-from dit_patch.registry import Registry
+from dit_patch.memo import keys
+from dit_patch.memo.keys import same_bits
+from dit_patch.memo.lookup import Memo
+from dit_patch.spec.registry import Registry
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python")
 

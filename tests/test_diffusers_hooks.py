@@ -5,8 +5,8 @@ import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, ModelHook
 
-from dit_patch import verify
-from dit_patch.wrapped import Wrapped
+from dit_patch.contribute import verify
+from dit_patch.sites.layers import Wrapped
 
 
 def generate(model, calls) -> list[list[torch.Tensor]]:

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 import torchrun
 from distributed import CONTEXT, LIMIT, ORDERS, RANKS, SHARDED, STEPS, context_parallel, specs
 
-from dit_patch.mini import PASSES
+from dit_patch.spec.mini import PASSES
 
 PROGRAM = Path(__file__).with_name("distributed.py")
 SHARDS = [f"sharded {name} {order}" for name in SHARDED for order in ORDERS]

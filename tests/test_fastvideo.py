@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import dit_patch
-from dit_patch import mini, verify
-from dit_patch.cache import map_tensors
+from dit_patch.contribute import verify
 from dit_patch.hosts import fastvideo as host
-from dit_patch.keys import same_bits
-from dit_patch.registry import Registry
+from dit_patch.memo.keys import same_bits
+from dit_patch.memo.store import map_tensors
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 
 pytest.importorskip("fastvideo")
 

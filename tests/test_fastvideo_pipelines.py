@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 import dit_patch
 from dit_patch import DitPatchError
-from dit_patch.keys import same_bits
-from dit_patch.registry import Registry
-from dit_patch.scope import current
+from dit_patch.memo.keys import same_bits
+from dit_patch.sites.scope import current
+from dit_patch.spec.registry import Registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these pipelines are put together for the CPU")
 

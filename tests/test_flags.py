@@ -12,10 +12,10 @@ import torch
 import toys
 
 import dit_patch
-from dit_patch import journal as journals
 from dit_patch.errors import DitPatchError
-from dit_patch.flags import VARIABLES, Choice
-from dit_patch.journal import Journal
+from dit_patch.launch.flags import VARIABLES, Choice
+from dit_patch.report import journal as journals
+from dit_patch.report.journal import Journal
 
 SITES = """
 - {at: table.forward, kind: rope, key: {x: [shape]}}

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_patch.functions import kv_cache, sinusoid
 from dit_patch.hosts import fastvideo
-from dit_patch.keys import same_bits
-from dit_patch.registry import Registry
-from dit_patch.source import fingerprint
+from dit_patch.memo.keys import same_bits
+from dit_patch.spec.fingerprint import fingerprint
+from dit_patch.spec.registry import Registry
 
 embeddings = pytest.importorskip("diffusers.models.embeddings")
 

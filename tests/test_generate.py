@@ -12,8 +12,9 @@ import pytest
 import torch
 from packaging.version import Version
 
-from dit_patch import cli, extras, generate, loading, tiny_pipelines
+from dit_patch import cli, extras
 from dit_patch.errors import DitPatchError
+from dit_patch.pipelines import generate, loading, tiny_pipelines
 
 diffusers, huggingface_hub = pytest.importorskip("diffusers"), pytest.importorskip("huggingface_hub")
 Image = pytest.importorskip("PIL.Image", reason="needs pillow")
@@ -426,7 +427,7 @@ def test_what_the_hub_refuses_is_told_apart(code, complaint, hub):
 
 def test_the_command_line_is_read_without_torch():
     program = (
-        "import sys, argparse\nfrom dit_patch.commands import generate\nparser = argparse.ArgumentParser()\n"
+        "import sys, argparse\nfrom dit_patch.cli import generate\nparser = argparse.ArgumentParser()\n"
         "generate.arguments(parser)\nparser.parse_args(['--model', 'x'])\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

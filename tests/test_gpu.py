@@ -5,12 +5,13 @@ import torch
 from conftest import asked_for, skip_unless_installed
 
 import dit_patch
-from dit_patch import mini, verify
+from dit_patch.contribute import verify
 from dit_patch.functions.kv_cache import integer_indices
-from dit_patch.keys import same_bits
-from dit_patch.local import Locals
-from dit_patch.registry import Registry
+from dit_patch.memo.keys import same_bits
 from dit_patch.rotary import eager, rotary, rotary_qk_
+from dit_patch.sites.inner_functions import Locals
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 
 pytestmark = pytest.mark.gpu
 NAMES = Registry(plugins=False).names()

@@ -12,11 +12,13 @@ import torch
 import toys
 
 import dit_patch
-from dit_patch import mini, resolve, verify, wrapped
+from dit_patch.contribute import verify
 from dit_patch.errors import DitPatchError, SiteError, UnsupportedModelError, VersionError
-from dit_patch.keys import same_bits
-from dit_patch.registry import KINDS, Registry
-from dit_patch.scope import scope_of
+from dit_patch.memo.keys import same_bits
+from dit_patch.sites import layers, resolve
+from dit_patch.sites.scope import scope_of
+from dit_patch.spec import mini
+from dit_patch.spec.registry import KINDS, Registry
 
 SITES = """
 - {at: table.forward, kind: rope, key: {x: [shape]}}
@@ -59,7 +61,7 @@ def apply(specs):
 @pytest.fixture(autouse=True)
 def globals_are_as_before():
     yield
-    assert not isinstance(toys.shift, wrapped.Wrapped)
+    assert not isinstance(toys.shift, layers.Wrapped)
 
 
 def pipeline(**components):
@@ -246,7 +248,7 @@ def test_applying_again_returns_the_same_handle_and_patches_nothing_twice(apply,
     assert apply(pipeline(transformer=model)) is handle
     run(model, count=1)
     assert hits(handle)["table.forward"] == 3
-    assert not isinstance(model.table.forward.__wrapped__, wrapped.Wrapped)
+    assert not isinstance(model.table.forward.__wrapped__, layers.Wrapped)
 
 
 @pytest.mark.parametrize("other", [{"only": "rope"}, {"max_bytes": 5000}, {"check": "always"}, {"fixes": True}])
@@ -383,7 +385,7 @@ def test_a_site_that_fails_leaves_nothing_patched(tmp_path, bad):
 
 
 def test_a_failure_while_installing_leaves_nothing_patched(specs, model, monkeypatch):
-    before, install = toys.snapshot(model), wrapped.install
+    before, install = toys.snapshot(model), layers.install
     installed = []
 
     def failing(owner, name, wrapper):
@@ -392,7 +394,7 @@ def test_a_failure_while_installing_leaves_nothing_patched(specs, model, monkeyp
         installed.append(install(owner, name, wrapper))
         return installed[-1]
 
-    monkeypatch.setattr(wrapped, "install", failing)
+    monkeypatch.setattr(layers, "install", failing)
     with pytest.raises(RuntimeError, match="the fourth"):
         dit_patch.apply(model, specs=specs)
     assert len(installed) == 3

@@ -18,8 +18,8 @@ import toys
 from test_remote import Generator
 
 import dit_patch
-from dit_patch import journal as journals
-from dit_patch.journal import Journal, own_path, text
+from dit_patch.report import journal as journals
+from dit_patch.report.journal import Journal, own_path, text
 
 HERE = Path(__file__).parent
 SITES = """

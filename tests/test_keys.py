@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_patch.errors import SiteError
-from dit_patch.keys import Content, Pins, Plan, Uncacheable, ambient, same_bits
+from dit_patch.memo.keys import Content, Pins, Plan, Uncacheable, ambient, same_bits
 
 NAMES = ("x", "y", "z")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from toys import inside
 
-from dit_patch import wrapped
 from dit_patch.errors import SiteError
-from dit_patch.local import Locals
-from dit_patch.resolve import targets
-from dit_patch.source import fingerprint
+from dit_patch.sites import layers
+from dit_patch.sites.inner_functions import Locals
+from dit_patch.sites.resolve import targets
+from dit_patch.spec.fingerprint import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +54,19 @@ def test_layers_of_two_owners_come_off_in_any_order():
         return lambda original, instance, args, kwargs: original(*args, **kwargs) + by
 
     for first in (0, 1):
-        layers = [wrapped.install(Locals(inside), "twist", adding(by)) for by in (10.0, 100.0)]
+        placed = [layers.install(Locals(inside), "twist", adding(by)) for by in (10.0, 100.0)]
         assert inside(3.0) == before + 110.0
-        assert wrapped.remove(layers.pop(first))
+        assert layers.remove(placed.pop(first))
         assert inside(3.0) == before + (10.0 if first else 100.0)
-        assert wrapped.installed(layers[0]) and wrapped.remove(layers[0])
+        assert layers.installed(placed[0]) and layers.remove(placed[0])
         assert inside(3.0) == before
 
 
 def test_its_fingerprint_is_that_of_its_own_source_wrapped_or_not():
     bare = fingerprint(Locals(inside).twist)
-    layer = wrapped.install(Locals(inside), "twist", lambda original, instance, args, kwargs: 0.0)
-    assert fingerprint(wrapped.innermost(Locals(inside), "twist")) == bare != fingerprint(Locals(inside).spread)
-    wrapped.remove(layer)
+    layer = layers.install(Locals(inside), "twist", lambda original, instance, args, kwargs: 0.0)
+    assert fingerprint(layers.innermost(Locals(inside), "twist")) == bare != fingerprint(Locals(inside).spread)
+    layers.remove(layer)
 
 
 def test_a_call_that_began_before_it_was_put_back_ends_with_the_original():
@@ -77,11 +77,11 @@ def test_a_call_that_began_before_it_was_put_back_ends_with_the_original():
         assert go_on.wait(10)
         return x
 
-    layer = wrapped.install(Locals(inside), "twist", lambda original, instance, args, kwargs: -1.0)
+    layer = layers.install(Locals(inside), "twist", lambda original, instance, args, kwargs: -1.0)
     thread = threading.Thread(target=lambda: results.append(inside(3.0, first=wait)))
     thread.start()
     assert entered.wait(10)
-    wrapped.remove(layer)
+    layers.remove(layer)
     go_on.set()
     thread.join()
     assert results == [inside(3.0)]
@@ -89,13 +89,13 @@ def test_a_call_that_began_before_it_was_put_back_ends_with_the_original():
 
 def test_compiled_code_sees_the_original_and_does_not_break():
     x = torch.arange(4.0)
-    layer = wrapped.install(Locals(inside), "twist", lambda original, instance, args, kwargs: None)
+    layer = layers.install(Locals(inside), "twist", lambda original, instance, args, kwargs: None)
     try:
         torch._dynamo.reset()
         compiled = torch.compile(inside, fullgraph=True, backend="eager")
         inside_out = compiled(x)
     finally:
-        wrapped.remove(layer)
+        layers.remove(layer)
     assert torch.equal(inside_out, inside(x))
 
 

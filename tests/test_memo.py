@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dit_patch.cache import Budget, tensors_in
-from dit_patch.keys import Pins
-from dit_patch.memo import Memo, same
+from dit_patch.memo.keys import Pins
+from dit_patch.memo.lookup import Memo, same
+from dit_patch.memo.store import Budget, tensors_in
 
 MEGABYTE = 1 << 20
 

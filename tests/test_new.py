@@ -5,12 +5,12 @@ import torch
 import yaml
 
 from dit_patch import cli
+from dit_patch.contribute.new import guess
+from dit_patch.contribute.new.draft import draft, model_class
+from dit_patch.contribute.new.write import text
 from dit_patch.errors import DitPatchError
-from dit_patch.registry import Registry
-from dit_patch.skeleton import guess
-from dit_patch.skeleton.draft import draft, model_class
-from dit_patch.skeleton.write import text
-from dit_patch.spec import loads
+from dit_patch.spec.model import loads
+from dit_patch.spec.registry import Registry
 
 pytest.importorskip("diffusers")
 PLACE = "diffusers.models.transformers.transformer_{}"

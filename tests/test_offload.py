@@ -12,8 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dit_patch import verify
-from dit_patch.wrapped import Wrapped
+from dit_patch.contribute import verify
+from dit_patch.sites.layers import Wrapped
 
 CPU = torch.device("cpu")
 ROPE = "rope.forward"

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from dit_patch import pictures
 from dit_patch.errors import DitPatchError
+from dit_patch.pipelines import pictures
 
 pytest.importorskip("PIL", reason="needs pillow")
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 import toys
 
-from dit_patch import remote
 from dit_patch.errors import DitPatchError, SiteError, StepCacheError, UnsupportedModelError
 from dit_patch.handle import apply as local_apply
-from dit_patch.registry import Registry
-from dit_patch.scope import scope_of
+from dit_patch.launch import workers
+from dit_patch.sites.scope import scope_of
+from dit_patch.spec.registry import Registry
 
 SITES = """
 - {at: table.forward, kind: rope, key: {x: [shape]}}
@@ -74,7 +74,7 @@ def specs(tmp_path):
 
 @pytest.fixture
 def apply(specs):
-    return lambda target, **options: remote.apply(target, **{"specs": [specs]} | options)
+    return lambda target, **options: workers.apply(target, **{"specs": [specs]} | options)
 
 
 @pytest.fixture
@@ -96,21 +96,21 @@ def patched(model) -> bool:
 
 def test_a_generator_is_remote_and_what_is_in_this_process_is_not(models):
     pipeline = types.SimpleNamespace(components={"transformer": models[0]}, executor=object())
-    assert remote.is_remote(Generator())
-    assert not any(map(remote.is_remote, (models[0], pipeline, types.SimpleNamespace(modules={}), object(), None)))
+    assert workers.is_remote(Generator())
+    assert not any(map(workers.is_remote, (models[0], pipeline, types.SimpleNamespace(modules={}), object(), None)))
 
 
 def test_an_executor_without_collective_call_is_refused_with_a_way_out():
     target = types.SimpleNamespace(executor=object())
-    assert remote.is_remote(target)
+    assert workers.is_remote(target)
     with pytest.raises(UnsupportedModelError, match=r"has no `collective_rpc`(.|\n)*dit_patch.apply\(pipeline\)"):
-        remote.apply(target)
+        workers.apply(target)
 
 
 def test_a_generator_that_was_shut_down_is_told_from_something_unknown(generator, apply):
     executor = generator.executor
     generator.shutdown()
-    assert remote.is_remote(generator)
+    assert workers.is_remote(generator)
     for target in (generator, types.SimpleNamespace(executor=executor)):
         with pytest.raises(DitPatchError, match="has been shut down"):
             apply(target)
@@ -175,10 +175,10 @@ def test_other_options_are_refused_and_change_nothing(generator, models, apply):
 
 def test_options_may_be_iterators_and_relative_paths(generator, specs, monkeypatch, tmp_path):
     monkeypatch.chdir(specs.parent)
-    handle = remote.apply(generator, only=(kind for kind in ("rope",)), specs="specs")
+    handle = workers.apply(generator, only=(kind for kind in ("rope",)), specs="specs")
     monkeypatch.chdir("/")
     assert {row.kind for row in handle.stats()} == {"rope"}
-    assert remote.apply(generator, only="rope", specs=specs) == handle
+    assert workers.apply(generator, only="rope", specs=specs) == handle
 
 
 def test_a_handle_does_not_speak_for_a_later_one(generator, models, apply):
@@ -224,7 +224,7 @@ def test_what_was_there_before_a_failure_stays(models, apply):
 def test_workers_that_fail_alike_are_quoted_once(generator, specs):
     toys.write_spec(specs, "- {at: tabel.forward, kind: rope, key: {x: [shape]}}")
     with pytest.raises(SiteError, match=r"^ranks 0, 1: toy: tabel.forward .*did you mean `table`") as caught:
-        remote.apply(generator, specs=specs)
+        workers.apply(generator, specs=specs)
     assert str(caught.value).count("tabel.forward (") == 1
 
 
@@ -239,7 +239,7 @@ def test_an_error_that_is_not_ours_comes_with_the_workers_traceback(generator, a
 
 
 def test_an_answer_that_cannot_be_sent_is_a_failure_and_not_the_workers_end(generator):
-    answer = remote._answer(generator.workers[1], lambda worker: lambda: None)
+    answer = workers._answer(generator.workers[1], lambda worker: lambda: None)
     assert answer.failure and pickle.loads(pickle.dumps(answer)) == answer
 
 
@@ -257,7 +257,7 @@ def test_a_handle_made_in_a_worker_itself_is_found_and_not_undone(models, specs,
 def test_what_workers_warn_of_is_warned_of_here(generator, specs):
     toys.write_spec(specs, SITES, head="requires: [torch<1]\n")
     with pytest.warns(UserWarning, match=r"^dit_patch: ranks 0, 1: toy needs torch<1") as caught:
-        remote.apply(generator, specs=specs, strict=False)
+        workers.apply(generator, specs=specs, strict=False)
     assert len(caught) == 1
 
 
@@ -333,7 +333,7 @@ def real(tmp_path_factory):
     from fastvideo import VideoGenerator
     from fastvideo.configs.pipelines.wan import WanT2V480PConfig
 
-    from dit_patch.tiny_pipelines import wan_pipeline
+    from dit_patch.pipelines.tiny_pipelines import wan_pipeline
 
     folder = tmp_path_factory.mktemp("fastvideo")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -408,20 +408,20 @@ def frames(generator, seed=1, steps=3):
 
 
 def test_a_real_generator_gives_the_same_frames(video, options):
-    with remote.apply(video, **options):
+    with workers.apply(video, **options):
         before_the_first = frames(video)
     plain = frames(video)
     assert torch.equal(before_the_first, plain) and not torch.equal(plain, frames(video, seed=2))
-    with remote.apply(video, **options) as handle:
+    with workers.apply(video, **options) as handle:
         assert torch.equal(frames(video), plain)
         rows = handle.stats()
         ranks = {row.model.removesuffix("transformer") for row in rows}
         assert ranks == ({""} if len(video.executor.workers) == 1 else {"rank 0: ", "rank 1: "})
         assert all(sum(row.hits for row in rows if row.model.startswith(rank)) > 0 for rank in ranks)
         assert handle.nbytes > 0 and "WanTransformer3DModel" in str(handle)
-        assert remote.apply(video, **options) == handle
+        assert workers.apply(video, **options) == handle
         with pytest.raises(DitPatchError, match="already patched with other options"):
-            remote.apply(video, **options, check="always")
+            workers.apply(video, **options, check="always")
         assert torch.equal(frames(video), plain)
     assert torch.equal(frames(video), plain)
     assert sum(row.hits for row in handle.stats()) == 2 * sum(row.hits for row in rows)
@@ -431,9 +431,9 @@ def test_a_real_generator_with_a_step_cache(video, options):
     pytest.importorskip("cache_dit", reason="needs cache-dit")
     plain = frames(video, steps=5)
     knobs = {"fn": 1, "warmup": 2, "min_steps": 0}
-    with remote.apply(video, **options, step_cache={**knobs, "threshold": 0.0}):
+    with workers.apply(video, **options, step_cache={**knobs, "threshold": 0.0}):
         assert torch.equal(frames(video, steps=5), plain)
-    with remote.apply(video, **options, step_cache={**knobs, "threshold": 1.0}) as handle:
+    with workers.apply(video, **options, step_cache={**knobs, "threshold": 1.0}) as handle:
         first, other = frames(video, steps=5), frames(video, seed=2, steps=5)
         assert not torch.equal(first, plain) and not torch.equal(other, first)
         assert torch.equal(frames(video, steps=5), first)
@@ -443,15 +443,15 @@ def test_a_real_generator_with_a_step_cache(video, options):
         assert "step cache  F1B0 W2 R1" in str(handle)
     assert handle.step_stats() and torch.equal(frames(video, steps=5), plain)
     with pytest.raises(StepCacheError, match="fn=5"):
-        remote.apply(video, **options, step_cache={"fn": 5})
+        workers.apply(video, **options, step_cache={"fn": 5})
 
 
 def test_a_real_worker_outlives_what_it_refuses(video, options, tmp_path):
     with pytest.raises(DitPatchError, match=r"ranks? 0.*: only: `rop` is no kind and no spec; did you mean `rope`"):
-        remote.apply(video, **options, only="rop")
+        workers.apply(video, **options, only="rop")
     with pytest.raises(DitPatchError, match="does not exist"):
-        remote.apply(video, specs=[tmp_path / "nowhere"])
-    with remote.apply(video, **options) as handle:
+        workers.apply(video, specs=[tmp_path / "nowhere"])
+    with workers.apply(video, **options) as handle:
         assert handle.stats()
     assert torch.is_tensor(frames(video, steps=1))
 
@@ -459,21 +459,21 @@ def test_a_real_worker_outlives_what_it_refuses(video, options, tmp_path):
 def test_a_real_generator_that_streams_is_not_asked(video, options):
     if len(video.executor.workers) > 1:
         pytest.skip("FastVideo's queue tells only one of its workers to stop streaming")
-    handle = remote.apply(video, **options)
+    handle = workers.apply(video, **options)
     video.executor.enable_streaming()
     with pytest.raises(DitPatchError, match="streaming loop"):
         handle.stats()
     with pytest.raises(DitPatchError, match="streaming loop"):
-        remote.apply(video, **options)
+        workers.apply(video, **options)
     video.executor.disable_streaming()
     assert handle.stats()
     handle.remove()
 
 
 def test_a_real_generator_may_be_shut_down_first(video, options):
-    with remote.apply(video, **options) as handle:
+    with workers.apply(video, **options) as handle:
         video.shutdown()
     with pytest.raises(DitPatchError, match="has been shut down"):
         handle.stats()
     with pytest.raises(DitPatchError, match="this VideoGenerator has been shut down"):
-        remote.apply(video, **options)
+        workers.apply(video, **options)

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dit_patch import wrapped
+from dit_patch.sites import layers
 
 accelerate_hooks = pytest.importorskip("accelerate.hooks")
 diffusers_hooks = pytest.importorskip("diffusers.hooks.hooks")
@@ -99,7 +99,7 @@ class Rope:
             self.trace.append(("ours", number))
             return original(*args, **kwargs)
 
-        return wrapped.install(self.module, "forward", layer)
+        return layers.install(self.module, "forward", layer)
 
     def bound(self):
         """Whether the module has its class's own forward, from its class or as an attribute of its own."""
@@ -152,7 +152,7 @@ class Removal(RuleBasedStateMachine):
     def remove(self, data):
         number = data.draw(st.sampled_from(sorted(self.ours)))
         layer = self.ours.pop(number)
-        wrapped.remove(layer)
+        layers.remove(layer)
         self.solid.discard(number)
         self.gone.append(layer)
 
@@ -220,7 +220,7 @@ class Removal(RuleBasedStateMachine):
         assert met <= set(self.ours), "a removed layer acted"
         assert self.solid <= met, "a live layer was not reached"
         for number, layer in self.ours.items():
-            assert wrapped.installed(layer) or number not in met or self.closures_too
+            assert layers.installed(layer) or number not in met or self.closures_too
 
     def teardown(self):
         if not hasattr(self, "patched") or self.broken:
@@ -235,9 +235,9 @@ class Removal(RuleBasedStateMachine):
         if plain[0] != self.expected:
             return
         for layer in self.ours.values():
-            wrapped.remove(layer)
+            layers.remove(layer)
         for layer in [*self.gone, *self.ours.values()]:
-            assert wrapped.remove(layer) or not self.plain.bound()
+            assert layers.remove(layer) or not self.plain.bound()
         assert self.patched.call() == plain
         self.nothing_is_left()
 
@@ -247,12 +247,12 @@ class Removal(RuleBasedStateMachine):
         assert self.patched.bound() or not self.plain.bound()
         assert "forward" not in ours or "forward" in plain
         for name in ours.keys() - {"forward", "_diffusers_hook"}:
-            assert not isinstance(ours[name], wrapped.Wrapped)
+            assert not isinstance(ours[name], layers.Wrapped)
         seen = []
-        for holder, attribute in wrapped._slots(self.patched.module, "forward"):
+        for holder, attribute in layers._slots(self.patched.module, "forward"):
             value = vars(holder).get(attribute)
             seen.append(type(value))
-        assert wrapped.Wrapped not in seen
+        assert layers.Wrapped not in seen
 
 
 class RemovalWithClosures(Removal):

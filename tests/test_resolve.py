@@ -8,8 +8,8 @@ import pytest
 import torch
 import toys
 
-from dit_patch import resolve
 from dit_patch.errors import SiteError, UnsupportedModelError
+from dit_patch.sites import resolve
 
 
 def pipeline(**components):

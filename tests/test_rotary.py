@@ -9,10 +9,10 @@ import torch
 from dit_patch.functions import matrixgame
 from dit_patch.functions import rotary as functions
 from dit_patch.hosts import fastvideo
-from dit_patch.keys import Uncacheable, same_bits
-from dit_patch.local import Locals
-from dit_patch.memo import same
+from dit_patch.memo.keys import Uncacheable, same_bits
+from dit_patch.memo.lookup import same
 from dit_patch.rotary import RotaryError, cpu, eager, rotary, rotary_qk_
+from dit_patch.sites.inner_functions import Locals
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF_DTYPES]

@@ -12,11 +12,11 @@ import torch
 from conftest import skip_unless_installed
 
 from dit_patch import cli
-from dit_patch.registry import Registry
-from dit_patch.rotary import bench
-from dit_patch.rotary.bench import cases, contestants, forwards, timing
-from dit_patch.rotary.bench.contestants import CLONE, COMPILE, CONTESTANTS, EAGER, FLASH, IN_PLACE, OURS, Contestant
-from dit_patch.rotary.bench.rows import Row
+from dit_patch.bench import rotary
+from dit_patch.bench.rotary import cases, contestants, forwards, timing
+from dit_patch.bench.rotary.contestants import CLONE, COMPILE, CONTESTANTS, EAGER, FLASH, IN_PLACE, OURS, Contestant
+from dit_patch.bench.rotary.rows import Row
+from dit_patch.spec.registry import Registry
 
 CPU = torch.device("cpu")
 QUICK = {name: make for name, make in CONTESTANTS.items() if "compile" not in name}
@@ -55,7 +55,7 @@ HALVES = replace(TINY, name="halves", make=problem_of_halves)
 
 
 def measured(case=TINY, ways=QUICK):
-    return {row.contestant: row for row in bench.measure(case, CPU, 0.0, ways)}
+    return {row.contestant: row for row in rotary.measure(case, CPU, 0.0, ways)}
 
 
 def wrong(problem):
@@ -139,9 +139,9 @@ def test_a_case_whose_library_lacks_the_function_is_skipped_in_one_row(error):
     def make(q, k):
         raise error
 
-    (missing,) = bench.measure(replace(TINY, library="no-such-package", make=make), CPU, 0.0)
+    (missing,) = rotary.measure(replace(TINY, library="no-such-package", make=make), CPU, 0.0)
     assert missing.note == "skipped: no-such-package is not installed"
-    (other,) = bench.measure(replace(TINY, make=make), CPU, 0.0)
+    (other,) = rotary.measure(replace(TINY, make=make), CPU, 0.0)
     assert other.note == f"skipped: torch {torch.__version__}: {error}"
 
 
@@ -160,7 +160,7 @@ def test_at_every_case_rotary_gives_the_bits_of_the_live_function(case):
 def test_every_row_is_in_the_csv_and_the_json_with_the_environment(tmp_path, capsys):
     files = {"csv": tmp_path / "rows.csv", "json": tmp_path / "rows.json"}
     given = {"tiny": TINY, "halves": HALVES}
-    assert bench.run(["halves", "tiny"], device="cpu", seconds=0.0, cases=given, contestants=QUICK, **files) == 0
+    assert rotary.run(["halves", "tiny"], device="cpu", seconds=0.0, cases=given, contestants=QUICK, **files) == 0
     content = json.loads(files["json"].read_text())
     rows = [Row(**row) for row in content["rows"]]
     assert [row.case for row in rows] == ["halves"] * len(QUICK) + ["tiny"] * (len(QUICK) - 1)
@@ -179,26 +179,26 @@ def test_every_row_is_in_the_csv_and_the_json_with_the_environment(tmp_path, cap
 def test_rotary_with_other_bits_is_status_1_and_the_threads_are_as_before(capsys):
     threads = torch.get_num_threads()
     options = {"device": "cpu", "seconds": 0.0, "threads": threads + 1, "cases": {"tiny": TINY}}
-    assert bench.run(["tiny"], contestants={EAGER: CONTESTANTS[EAGER], OURS: wrong}, **options) == 1
+    assert rotary.run(["tiny"], contestants={EAGER: CONTESTANTS[EAGER], OURS: wrong}, **options) == 1
     assert "no, 0.0052" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
 
 def test_the_verdict_counts_cases_and_names_those_that_miss_it():
-    first, second = bench._CPU_CASES
+    first, second = rotary._CPU_CASES
     times = {first: (9.0, 3.0, 3.1, 6.0), second: (9.0, 4.0, 3.0, 4.0), "qwen3": (9.0, 9.0, 9.0, 18.0)}
     rows = [
         Row("ops", case, contestant, us=us, of_clone=of_clone)
         for case, each in times.items()
         for contestant, us, of_clone in zip((EAGER, OURS, COMPILE, FLASH), each, (0.1, 0.8, 0.7, 0.4))
     ]
-    (eager,) = bench._verdict(rows, CPU)
+    (eager,) = rotary._verdict(rows, CPU)
     assert eager == f"  at least 3x as fast as eager at Wan 1.3B, 480p: 1 of 2 cases; not in {second} (2.25)"
-    bandwidth, compiled, flash = bench._verdict(rows, torch.device("cuda"))
+    bandwidth, compiled, flash = rotary._verdict(rows, torch.device("cuda"))
     assert bandwidth.endswith("bandwidth: 3 of 3 cases")
     assert compiled.endswith(f"2 of 3 cases; not in {second} (0.75)")
     assert flash.endswith(f"2 of 3 cases; not in {second} (1.00)")
-    assert all(line.endswith(": not measured") for line in bench._verdict([], torch.device("cuda")))
+    assert all(line.endswith(": not measured") for line in rotary._verdict([], torch.device("cuda")))
 
 
 def test_forwards_are_compared_without_the_sites_and_with_them(monkeypatch):
@@ -251,7 +251,7 @@ def test_an_unknown_case_at_the_shell_is_answered_with_the_cases_there_are():
 @pytest.mark.gpu
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_on_a_gpu_the_ops_work_in_a_cuda_graph_and_beyond_32_bits():
-    from dit_patch.rotary.bench import checks
+    from dit_patch.bench.rotary import checks
 
     for row in checks.run(torch.device("cuda", 0)):
         assert row.differing == 0 or row.note.startswith("skipped"), row
@@ -260,6 +260,6 @@ def test_on_a_gpu_the_ops_work_in_a_cuda_graph_and_beyond_32_bits():
 @pytest.mark.gpu
 def test_on_a_gpu_every_contestant_is_timed_and_its_memory_known():
     device = torch.device("cuda", 0)
-    rows = {row.contestant: row for row in bench.measure(TINY, device, 0.0, QUICK)}
+    rows = {row.contestant: row for row in rotary.measure(TINY, device, 0.0, QUICK)}
     assert rows[IN_PLACE].peak_bytes == 0 < rows[CLONE].peak_bytes
     assert rows[OURS].exact == rows[IN_PLACE].exact == "yes"

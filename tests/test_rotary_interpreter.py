@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_patch.local import Locals
+from dit_patch.sites.inner_functions import Locals
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = {}

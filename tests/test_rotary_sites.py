@@ -10,8 +10,8 @@ from conftest import Tiny
 from diffusers.models import embeddings
 from diffusers.models.transformers import transformer_wan
 
-import dit_patch
-from dit_patch import verify
+import dit_patch.sites.patch
+from dit_patch.contribute import verify
 from dit_patch.functions import rotary as functions
 
 WAN = "diffusers.models.transformers.transformer_wan:WanAttnProcessor.__call__.<locals>.apply_rotary_emb"
@@ -143,8 +143,8 @@ def test_out_of_memory_is_the_caller_s_to_know_and_no_reason_to_do_without(wan, 
 def test_each_new_layout_is_compared_once_and_with_check_always_each_call(rotated, monkeypatch):
     each, at = rotated
     compared = []
-    same = dit_patch.patch.same
-    monkeypatch.setattr(dit_patch.patch, "same", lambda one, two: compared.append(one.shape) or same(one, two))
+    same = dit_patch.sites.patch.same
+    monkeypatch.setattr(dit_patch.sites.patch, "same", lambda one, two: compared.append(one.shape) or same(one, two))
     handle = each.apply(only=["rotary"])
     hits = each.agree(each.calls())
     first = len(compared)
@@ -196,8 +196,8 @@ def test_a_model_cast_as_a_whole_rounds_the_products_of_its_tables_in_half_preci
 
 
 def test_heads_that_are_too_wide_are_left_to_the_original_and_counted(tiny):
-    from dit_patch import mini
-    from dit_patch.registry import Registry
+    from dit_patch.spec import mini
+    from dit_patch.spec.registry import Registry
 
     spec = Registry(plugins=False).get("diffusers/wan")
     case = spec.mini.case()

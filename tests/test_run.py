@@ -23,7 +23,7 @@ import torch
 import toys
 from conftest import skip_unless_installed
 
-from dit_patch.registry import Registry
+from dit_patch.spec.registry import Registry
 
 HERE = Path(__file__).parent
 DIT_PATCH = [sys.executable, "-m", "dit_patch.cli"]
@@ -67,7 +67,7 @@ SCRIPT = """
 
 
     def generate(seed):
-        from dit_patch.tiny_pipelines import wan_pipeline
+        from dit_patch.pipelines.tiny_pipelines import wan_pipeline
 
         torch.set_num_threads(1)
         pipeline = wan_pipeline(**SIZE)
@@ -262,7 +262,7 @@ def test_the_worker_of_a_video_generator_is_patched_and_reported(tmp_path):
     skip_unless_installed(spec)
     from test_remote import SITECUSTOMIZE
 
-    from dit_patch.tiny_pipelines import wan_pipeline
+    from dit_patch.pipelines.tiny_pipelines import wan_pipeline
 
     program(tmp_path, SITECUSTOMIZE, "sitecustomize.py")
     size = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32}

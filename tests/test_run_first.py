@@ -15,11 +15,11 @@ import torch
 import toys
 
 import dit_patch
-from dit_patch import journal as journals
 from dit_patch.handle import handle_of
-from dit_patch.journal import NEVER_CALLED, PATCHED, Journal
-from dit_patch.run import around, first
-from dit_patch.scope import scope_of
+from dit_patch.launch import find_pipeline, first_forward
+from dit_patch.report import journal as journals
+from dit_patch.report.journal import NEVER_CALLED, PATCHED, Journal
+from dit_patch.sites.scope import scope_of
 
 SITES = """
 - {at: table.forward, kind: rope, key: {x: [shape]}}
@@ -61,7 +61,7 @@ class Pipeline:
 @pytest.fixture(autouse=True)
 def journal(monkeypatch):
     journal = Journal()
-    monkeypatch.setattr(first, "journal", journal)
+    monkeypatch.setattr(first_forward, "journal", journal)
     monkeypatch.setattr(journals, "journal", journal)
     return journal
 
@@ -82,11 +82,11 @@ def watched(monkeypatch, tmp_path):
     watch()
     before = {cls: {name: vars(cls).get(name) for name in ("__init__", "__setstate__")} for cls in (Model, Known)}
     for cls in before:
-        first.watch(cls)
-        first.watch(cls)
+        first_forward.watch(cls)
+        first_forward.watch(cls)
     yield watch
     for cls, attributes in before.items():
-        first._watched.discard(cls)
+        first_forward._watched.discard(cls)
         for name, value in attributes.items():
             if value is None:
                 delattr(cls, name)
@@ -116,7 +116,7 @@ def test_the_first_forward_counts_as_any_other(journal):
             assert torch.equal(model(**inputs), plain(**inputs))
     assert counts(model) == {"table.forward": (2, 1, {}), "embed.forward": (2, 1, {})}
     assert states(journal) == {("Model", PATCHED): 1}
-    assert not any(isinstance(hook.owner, first.First) for hook in model._forward_pre_hooks.values())
+    assert not any(isinstance(hook.owner, first_forward.First) for hook in model._forward_pre_hooks.values())
 
 
 def test_a_site_that_acts_only_inside_the_models_forward_acts_in_the_first_one(watched):
@@ -207,7 +207,7 @@ def test_an_object_that_only_looks_like_a_pipeline_is_passed_by():
             return function()
 
     model = toys.build(Model)
-    assert Odd().call(lambda: around.pipeline_of(model)) is None
+    assert Odd().call(lambda: find_pipeline.pipeline_of(model)) is None
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -247,7 +247,7 @@ def test_a_forward_that_raises_leaves_no_scope_behind():
     model = toys.build(Model)
     with pytest.raises(RuntimeError):
         forward(model, text=torch.ones(3, 9))
-    from dit_patch import scope
+    from dit_patch.sites import scope
 
     assert scope.current() is None
     forward(model, 2)
@@ -361,7 +361,7 @@ def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on
     pytest.importorskip("transformers")
     from diffusers import WanTransformer3DModel
 
-    from dit_patch.tiny_pipelines import wan22_pipeline, wan_pipeline
+    from dit_patch.pipelines.tiny_pipelines import wan22_pipeline, wan_pipeline
 
     options = {"threshold": 1.0, "warmup": 2, "fn": 1, "min_steps": 0}
     size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32}
@@ -385,8 +385,10 @@ def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on
     assert not torch.equal(expected[0][0], generate(before, 0)) and any(cached for *_, cached in expected[0][1])
 
     attributes = {name: vars(WanTransformer3DModel).get(name) for name in ("__init__", "__setstate__")}
-    monkeypatch.setattr(first.Choice, "options", {"only": None, "step_cache": options, "specs": (), "trust": False})
-    first.watch(WanTransformer3DModel)
+    monkeypatch.setattr(
+        first_forward.Choice, "options", {"only": None, "step_cache": options, "specs": (), "trust": False}
+    )
+    first_forward.watch(WanTransformer3DModel)
     try:
         ours = pipeline()
         found = []
@@ -394,10 +396,10 @@ def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on
             frames = generate(ours, seed)
             found.append((frames, stepped(handle_of(ours.transformer))))
     finally:
-        first._watched.discard(WanTransformer3DModel)
+        first_forward._watched.discard(WanTransformer3DModel)
         for name, value in attributes.items():
             delattr(WanTransformer3DModel, name) if value is None else setattr(WanTransformer3DModel, name, value)
     for (frames, rows), (other, others) in zip(expected, found):
         assert torch.equal(frames, other) and rows == others
     for model in handle_of(ours.transformer).models.values():
-        assert not any(isinstance(hook.owner, first.First) for hook in model._forward_pre_hooks.values())
+        assert not any(isinstance(hook.owner, first_forward.First) for hook in model._forward_pre_hooks.values())

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
-from dit_patch import scope
-from dit_patch.scope import Scope, current
+from dit_patch.sites import scope
+from dit_patch.sites.scope import Scope, current
 
 
 class Model(torch.nn.Module):

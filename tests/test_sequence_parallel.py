@@ -12,7 +12,7 @@ import torchrun
 from conftest import skip_unless_installed
 from sequence_parallel import CASES, LIMIT, RANKS, ROPE, SIZES, SPECS, STEPS
 
-from dit_patch.mini import PASSES
+from dit_patch.spec.mini import PASSES
 
 PROGRAM = Path(__file__).with_name("sequence_parallel.py")
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import toys
 
-from dit_patch import keys
 from dit_patch.errors import SiteError
-from dit_patch.keys import same_bits
-from dit_patch.source import fingerprint
+from dit_patch.memo import keys
+from dit_patch.memo.keys import same_bits
+from dit_patch.spec.fingerprint import fingerprint
 
 TABLE = "- {at: table.forward, kind: rope, key: {x: [shape]}}"
 TIME = "- {at: time.forward, kind: timestep, key: {t: [identity]}}"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dit_patch import marks
 from dit_patch.errors import SpecError
-from dit_patch.spec import Input, Mini, Site, Spec, extend, json_schema, load, loads
+from dit_patch.spec import yaml_reader
+from dit_patch.spec.model import Input, Mini, Site, Spec, extend, json_schema, load, loads
 
 FULL = """\
 model: diffusers.models.transformers.transformer_wan.WanTransformer3DModel
@@ -144,7 +144,8 @@ class TestReading:
 
     def test_reading_a_spec_imports_no_torch(self):
         code = (
-            "import sys, dit_patch.registry as r, dit_patch.spec as s; s.json_schema(); r.Registry().names()\n"
+            "import sys\n"
+            "import dit_patch.spec.registry as r, dit_patch.spec.model as s; s.json_schema(); r.Registry().names()\n"
             "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -442,9 +443,9 @@ class TestTheYaml:
         for text in texts:
             answers = []
             for parser in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-                monkeypatch.setattr(marks, "_LOADER", parser)
+                monkeypatch.setattr(yaml_reader, "_LOADER", parser)
                 try:
-                    document = marks.parse(text, "f")
+                    document = yaml_reader.parse(text, "f")
                     answers.append((document.data, document.places))
                 except SpecError as error:
                     answers.append(str(error).split(": ")[0])
@@ -493,7 +494,7 @@ class TestTheYaml:
             ),
             max_leaves=6,
         )
-        tree = marks.parse(FULL, "full").data
+        tree = yaml_reader.parse(FULL, "full").data
         *path, last = data.draw(st.sampled_from(PLACES))
         branch = tree
         for step in path:
@@ -514,7 +515,7 @@ class TestTheYaml:
                     assert None not in spec.mini.case(variant).inputs.values()
 
 
-PLACES = [loc for loc in marks.parse(FULL, "full").places if loc]
+PLACES = [loc for loc in yaml_reader.parse(FULL, "full").places if loc]
 WORDS = sorted({step for loc in PLACES for step in loc if isinstance(step, str)})
 
 
@@ -612,7 +613,7 @@ def validator():
 class TestJsonSchema:
     def test_it_accepts_what_the_reader_accepts(self, validator):
         for text in (FULL, TestExtending.BASE, with_mini(), with_site(source=["00000000000a"], use="a:b")):
-            validator.validate(marks.parse(text, "f").data)
+            validator.validate(yaml_reader.parse(text, "f").data)
 
     @pytest.mark.parametrize(
         "text",
@@ -637,7 +638,7 @@ class TestJsonSchema:
     )
     def test_it_refuses_what_an_editor_can_see_is_wrong(self, validator, text):
         assert complaint(text, trusted=True)
-        assert not validator.is_valid(marks.parse(text, "f").data)
+        assert not validator.is_valid(yaml_reader.parse(text, "f").data)
 
     def test_every_key_is_explained(self):
         schema = json_schema()

@@ -12,9 +12,10 @@ from conftest import asked_for, skip_unless_installed
 from packaging.version import Version
 
 import dit_patch
-from dit_patch import mini, verify
-from dit_patch.cache import map_tensors
-from dit_patch.registry import Registry
+from dit_patch.contribute import verify
+from dit_patch.memo.store import map_tensors
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 
 SPECS = {spec.name: spec for spec in Registry(plugins=False)}
 CASES = [(name, variant) for name, spec in SPECS.items() for variant in (None, *spec.mini.variants)]

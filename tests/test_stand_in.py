@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from dit_patch.stand_in import stand_in
+from dit_patch.sites.stand_in import stand_in
 
 
 def test_tensors_keep_their_shapes_and_hold_one_number_that_is_none():

@@ -10,8 +10,8 @@ import torch
 import toys
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dit_patch.keys import Uncacheable
-from dit_patch.state import State, numerics
+from dit_patch.memo.guards import State, numerics
+from dit_patch.memo.keys import Uncacheable
 
 
 def state(module, **options):

@@ -14,8 +14,10 @@ pytest.importorskip("cache_dit", reason="needs cache-dit")
 import stepping
 
 import dit_patch
-from dit_patch import StepCacheError, mini, verify
-from dit_patch.registry import Registry
+from dit_patch import StepCacheError
+from dit_patch.contribute import verify
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 from dit_patch.step_cache import guards
 
 REGISTRY = Registry(plugins=False)

@@ -14,8 +14,8 @@ import stepping
 
 import dit_patch
 from dit_patch import StepCacheError
-from dit_patch.keys import same_bits
-from dit_patch.registry import Registry
+from dit_patch.memo.keys import same_bits
+from dit_patch.spec.registry import Registry
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="these pipelines are put together for the CPU"),

@@ -20,8 +20,10 @@ from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
 from test_step_cache import shape_of
 
 import dit_patch
-from dit_patch import DitPatchError, StepCacheError, mini, verify
-from dit_patch.registry import Registry
+from dit_patch import DitPatchError, StepCacheError
+from dit_patch.contribute import verify
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 from dit_patch.step_cache import guards
 
 pytestmark = pytest.mark.filterwarnings("ignore:dit_patch. step cache of")

@@ -10,8 +10,9 @@ import torch
 from conftest import skip_unless_installed
 
 import dit_patch
-from dit_patch import StepCacheError, mini
-from dit_patch.registry import Registry
+from dit_patch import StepCacheError
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 from dit_patch.step_cache import guards
 
 needs_cache_dit = pytest.mark.skipif(util.find_spec("cache_dit") is None, reason="needs cache-dit")
@@ -72,8 +73,8 @@ def test_a_cache_dit_that_cannot_be_imported(model, monkeypatch):
 def test_cache_dit_is_imported_only_when_asked_for(tmp_path):
     code = (
         "import sys, dit_patch, torch\n"
-        "from dit_patch import mini\n"
-        "from dit_patch.registry import Registry\n"
+        "from dit_patch.spec import mini\n"
+        "from dit_patch.spec.registry import Registry\n"
         "spec = Registry(plugins=False).get('diffusers/wan')\n"
         "model = mini.build(spec, spec.mini.case())\n"
         "with dit_patch.apply(model): pass\n"

@@ -14,18 +14,19 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 import stepping
 
 import dit_patch
-from dit_patch import StepCache, StepCacheError, cli, extras, shapes
-from dit_patch.step_cache import document, harness, quality, sampling
-from dit_patch.step_cache.calibrate import GRID
+from dit_patch import StepCache, StepCacheError, cli, extras
+from dit_patch.bench.step_cache import document, harness
+from dit_patch.bench.step_cache.calibrate import GRID
+from dit_patch.pipelines import quality, sampling, trained_example
 
 PROMPTS = ["a red circle moving left", "a green triangle moving up"]
 FAST = StepCache(fn=1, warmup=2, threshold=0.3, calibrator="taylorseer")
-CALL = dict(shapes.CALL)
+CALL = dict(trained_example.CALL)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return stepping.quiet(shapes.pipeline())
+    return stepping.quiet(trained_example.pipeline())
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +42,14 @@ def test_the_pipeline_comes_trained(trained):
     """A red prompt gives red frames, a green one green: the weights are those of a trained model."""
     for prompt, channel in zip(PROMPTS, (0, 1)):
         frames = sampling.generate(trained, prompt, 0, CALL | {"num_inference_steps": 12}).frames
-        assert frames.shape == (shapes.FRAMES, 3, shapes.SIZE, shapes.SIZE)
+        assert frames.shape == (trained_example.FRAMES, 3, trained_example.SIZE, trained_example.SIZE)
         bright = frames.permute(0, 2, 3, 1)[frames.amax(1) > 0.6]
         assert len(bright) > 100 and bright.mean(0).argmax() == channel
 
 
 def test_the_pixel_vae_loses_nothing():
     pixels = torch.rand(2, 3, 6, 8, 12)
-    assert torch.equal(shapes.PixelVAE().decode(shapes.PixelVAE.encode(pixels)).sample, pixels)
+    assert torch.equal(trained_example.PixelVAE().decode(trained_example.PixelVAE.encode(pixels)).sample, pixels)
 
 
 def test_controls(result):
@@ -85,7 +86,7 @@ def test_the_report_and_the_csv(result, tmp_path):
     runs, frames = harness.write_csv(tmp_path, result)
     with runs.open() as file, frames.open() as others:
         rows, each = list(csv.DictReader(file)), list(csv.DictReader(others))
-    assert len(each) == shapes.FRAMES * len(rows)
+    assert len(each) == trained_example.FRAMES * len(rows)
     assert (
         min(float(row["ssim"]) for row in each if row["variant"] == "fast") == by_name(result)["fast"].worst_frame_ssim
     )
@@ -163,7 +164,7 @@ def test_without_scikit_image_it_is_said_before_anything_runs(trained, monkeypat
 
 
 def test_the_weights_can_be_trained_again(tmp_path):
-    from dit_patch.shapes import train
+    from dit_patch.pipelines.trained_example import train
 
     built = train.build(seed=0)
     before = [parameter.clone() for parameter in built.transformer.parameters()]
@@ -176,18 +177,20 @@ def test_the_weights_can_be_trained_again(tmp_path):
     assert all(map(torch.equal, *trained))
 
 
-@pytest.mark.parametrize("prompt", shapes.PROMPTS[::5])
+@pytest.mark.parametrize("prompt", trained_example.PROMPTS[::5])
 def test_clips_show_what_their_prompt_says(prompt):
-    from dit_patch.shapes import train
+    from dit_patch.pipelines.trained_example import train
 
     _, colour, _, _, way = prompt.split()
     clip = train.clip(prompt, torch.Generator().manual_seed(0))
-    assert clip.shape == (3, shapes.FRAMES, shapes.SIZE, shapes.SIZE) and clip.abs().max() <= 1
+    assert (
+        clip.shape == (3, trained_example.FRAMES, trained_example.SIZE, trained_example.SIZE) and clip.abs().max() <= 1
+    )
     covered = (clip - clip[:, :1, :1, :1]).abs().sum(0) > 0.5
     first, last = (torch.nonzero(frame).float().mean(0) for frame in (covered[0], covered[-1]))
     moved = (last - first) / (last - first).norm()
-    assert torch.allclose(moved, torch.tensor(shapes.DIRECTIONS[way]).float(), atol=0.1)
-    assert torch.allclose(clip[:, 0][:, covered[0]].mean(1), torch.tensor(shapes.COLOURS[colour]), atol=0.4)
+    assert torch.allclose(moved, torch.tensor(trained_example.DIRECTIONS[way]).float(), atol=0.1)
+    assert torch.allclose(clip[:, 0][:, covered[0]].mean(1), torch.tensor(trained_example.COLOURS[colour]), atol=0.4)
 
 
 def test_calls_that_the_pipeline_does_not_take(trained):

@@ -13,8 +13,8 @@ import stepping
 from conftest import skip_unless_installed
 
 import dit_patch
-from dit_patch import mini
-from dit_patch.registry import Registry
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:dit_patch. step cache of")
 

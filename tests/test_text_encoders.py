@@ -14,10 +14,12 @@ import toys
 from conftest import asked_for, skip_unless_installed
 
 import dit_patch
-from dit_patch import UnsupportedModelError, cli, mini, verify
-from dit_patch.registry import Registry
-from dit_patch.spec import SpecError, loads
-from dit_patch.wrapped import Wrapped
+from dit_patch import UnsupportedModelError, cli
+from dit_patch.contribute import verify
+from dit_patch.sites.layers import Wrapped
+from dit_patch.spec import mini
+from dit_patch.spec.model import SpecError, loads
+from dit_patch.spec.registry import Registry
 
 transformers = pytest.importorskip("transformers")
 
@@ -233,7 +235,7 @@ class TestInAPipeline:
             dit_patch.apply(pipeline, only=QWEN3).remove()
 
     def test_qwen_image_generates_the_same_with_both_its_models_patched(self):
-        from dit_patch.tiny_pipelines import llama3_tokenizer
+        from dit_patch.pipelines.tiny_pipelines import llama3_tokenizer
 
         diffusers = pytest.importorskip("diffusers")
         tokenizer, encoder = llama3_tokenizer(), inside_its_wrapper(QWEN_VL)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode
 
-from dit_patch import apply, scope, verify
+from dit_patch import apply
+from dit_patch.contribute import verify
+from dit_patch.sites import scope
 
 
 class Stop(BaseException):

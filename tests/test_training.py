@@ -5,7 +5,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
-from dit_patch import verify
+from dit_patch.contribute import verify
 
 AUTOGRAD = "autograd is recording"
 TRAINING = "the module is in training mode; call `.eval()`"

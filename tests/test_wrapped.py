@@ -14,7 +14,7 @@ import pytest
 import torch
 import toys
 
-from dit_patch import wrapped
+from dit_patch.sites import layers
 
 
 class Layer:
@@ -41,33 +41,33 @@ X = torch.zeros(2, 3)
 
 def test_an_inherited_method_is_inherited_again_afterwards(table):
     before = dict(vars(table))
-    layer = wrapped.install(table, "forward", Layer())
+    layer = layers.install(table, "forward", Layer())
     assert vars(table)["forward"] is layer
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     assert vars(table) == before
 
 
 def test_a_method_of_the_instance_s_own_is_the_same_object_afterwards(table):
     own = table.forward = functools.partial(toys.Table.forward, table)
-    layer = wrapped.install(table, "forward", Layer())
-    assert wrapped.remove(layer)
+    layer = layers.install(table, "forward", Layer())
+    assert layers.remove(layer)
     assert vars(table)["forward"] is own
 
 
 def test_a_staticmethod_is_wrapped_on_the_instance_alone():
     one, other = toys.build(), toys.build()
-    layer = wrapped.install(one, "prepare_mask", Layer(by=7))
+    layer = layers.install(one, "prepare_mask", Layer(by=7))
     assert torch.equal(one.prepare_mask(3), other.prepare_mask(3) + 7)
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     assert "prepare_mask" not in vars(one)
     assert isinstance(inspect.getattr_static(one, "prepare_mask"), staticmethod)
 
 
 def test_a_function_of_a_module_is_the_same_object_afterwards():
     original = toys.shift
-    layer = wrapped.install(toys, "shift", Layer(by=1))
+    layer = layers.install(toys, "shift", Layer(by=1))
     assert toys.shift(X).eq(2).all()
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     assert toys.shift is original
 
 
@@ -75,24 +75,24 @@ def test_the_forward_of_another_object_bound_to_the_instance_comes_back(table):
     other = toys.Table()
     bound = other.forward
     table.forward = bound
-    layer = wrapped.install(table, "forward", Layer())
+    layer = layers.install(table, "forward", Layer())
     table(X)
     assert other._made == 1 and table._made == 0
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     assert vars(table)["forward"] is bound
 
 
 def test_removing_twice_is_harmless(table):
-    layer = wrapped.install(table, "forward", Layer())
-    assert wrapped.remove(layer) and wrapped.remove(layer)
+    layer = layers.install(table, "forward", Layer())
+    assert layers.remove(layer) and layers.remove(layer)
     assert "forward" not in vars(table)
 
 
 def test_removing_again_leaves_a_later_layer_alone(table):
-    first = wrapped.install(table, "forward", Layer())
-    wrapped.remove(first)
-    second = wrapped.install(table, "forward", Layer(by=5))
-    wrapped.remove(first)
+    first = layers.install(table, "forward", Layer())
+    layers.remove(first)
+    second = layers.install(table, "forward", Layer(by=5))
+    layers.remove(first)
     assert vars(table)["forward"] is second
 
 
@@ -105,23 +105,23 @@ def test_layers_are_removed_in_any_order(table, order, own):
     if own:
         table.forward = functools.partial(toys.Table.forward, table)
     before, plain = dict(vars(table)), table(X)
-    layers = [wrapped.install(table, "forward", Layer(by=10**number)) for number in range(3)]
+    placed = [layers.install(table, "forward", Layer(by=10**number)) for number in range(3)]
     left = 111
     assert torch.equal(table(X), plain + left)
     for number in order:
-        assert wrapped.remove(layers[number])
+        assert layers.remove(placed[number])
         left -= 10**number
         assert torch.equal(table(X), plain + left)
-        assert [wrapped.installed(layer) for layer in layers].count(True) == str(left).count("1")
+        assert [layers.installed(layer) for layer in placed].count(True) == str(left).count("1")
     assert vars(table) | {"_made": 0} == before | {"_made": 0}
 
 
 def test_a_layer_removed_from_below_another_is_let_go(table):
     lower = Layer()
-    below = wrapped.install(table, "forward", lower)
-    wrapped.install(table, "forward", Layer())
+    below = layers.install(table, "forward", lower)
+    layers.install(table, "forward", Layer())
     gone = weakref.ref(lower)
-    wrapped.remove(below)
+    layers.remove(below)
     del lower, below
     gc.collect()
     assert gone() is None
@@ -154,7 +154,7 @@ def test_two_handles_patch_one_function_and_go_in_either_order(tmp_path):
 )
 def test_name_signature_and_docstring_stay(owner, name):
     original = getattr(owner, name)
-    layer = wrapped.install(owner, name, Layer())
+    layer = layers.install(owner, name, Layer())
     try:
         ours = getattr(owner, name)
         assert ours is layer
@@ -166,7 +166,7 @@ def test_name_signature_and_docstring_stay(owner, name):
         )
         assert inspect.unwrap(ours) == inspect.unwrap(original)
     finally:
-        wrapped.remove(layer)
+        layers.remove(layer)
 
 
 def test_arguments_arrive_as_they_were_given(table):
@@ -176,38 +176,38 @@ def test_arguments_arrive_as_they_were_given(table):
         seen.append((args, kwargs))
         return original(*args, **kwargs)
 
-    layer = wrapped.install(table, "forward", wrapper)
+    layer = layers.install(table, "forward", wrapper)
     table.forward(X, 2.0, device="cpu")
     assert seen == [((X, 2.0), {"device": "cpu"})]
-    wrapped.remove(layer)
+    layers.remove(layer)
 
 
 def test_an_exception_passes_through(table):
-    layer = wrapped.install(table, "forward", Layer())
+    layer = layers.install(table, "forward", Layer())
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'shape'"):
         table(None)
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
 
 
 def test_a_copy_and_a_pickle_know_nothing_of_the_layer(table):
     wrapper = Layer(by=5)
-    layer = wrapped.install(table, "forward", wrapper)
+    layer = layers.install(table, "forward", wrapper)
     for twin in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
-        assert not isinstance(twin.forward, wrapped.Wrapped)
+        assert not isinstance(twin.forward, layers.Wrapped)
         assert twin.forward.__self__ is twin
         assert torch.equal(twin(X), toys.Table()(X))
     assert copy.copy(layer) == layer.__wrapped__
     assert wrapper.calls == 0
-    wrapped.remove(layer)
+    layers.remove(layer)
 
 
 def test_compilers_see_the_wrapped_function(table, monkeypatch):
     wrapper = Layer()
-    layer = wrapped.install(table, "forward", wrapper)
-    monkeypatch.setattr(wrapped, "_is_compiling", lambda: True)
+    layer = layers.install(table, "forward", wrapper)
+    monkeypatch.setattr(layers, "_is_compiling", lambda: True)
     table(X)
     assert wrapper.calls == 0
-    assert layer.__class__ is wrapped.Wrapped
+    assert layer.__class__ is layers.Wrapped
 
 
 # Inside somebody else's wrapper.
@@ -222,9 +222,9 @@ def closure_over(owner):
 
 def test_a_removed_layer_sleeps_in_a_closure_and_goes_at_the_first_call_after_it(table):
     wrapper = Layer(by=5)
-    layer = wrapped.install(table, "forward", wrapper)
+    layer = layers.install(table, "forward", wrapper)
     below = closure_over(table)
-    wrapped.remove(layer)
+    layers.remove(layer)
     assert torch.equal(table(X), toys.Table()(X))
     assert wrapper.calls == 0
     table.forward = below
@@ -235,34 +235,34 @@ def test_a_removed_layer_sleeps_in_a_closure_and_goes_at_the_first_call_after_it
 
 
 def test_removing_says_when_a_layer_stays_inside_a_wrapper_that_shows_it(table):
-    layer = wrapped.install(table, "forward", Layer())
+    layer = layers.install(table, "forward", Layer())
     below = table.forward
     table.forward = functools.wraps(below)(lambda *args, **kwargs: below(*args, **kwargs))
-    assert wrapped.installed(layer)
-    assert not wrapped.remove(layer)
+    assert layers.installed(layer)
+    assert not layers.remove(layer)
     table(X)
     table.forward = below
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     assert "forward" not in vars(table)
 
 
 def test_a_layer_that_was_dropped_is_not_installed(table):
-    layer = wrapped.install(table, "forward", Layer())
+    layer = layers.install(table, "forward", Layer())
     table.forward = types.MethodType(toys.Table.forward, table)
-    assert not wrapped.installed(layer)
-    assert wrapped.remove(layer)
+    assert not layers.installed(layer)
+    assert layers.remove(layer)
 
 
 def test_a_module_s_function_may_be_replaced_over_the_layer(monkeypatch):
-    layer = wrapped.install(toys, "shift", Layer())
+    layer = layers.install(toys, "shift", Layer())
     ours = toys.shift
     monkeypatch.setattr(toys, "shift", lambda x: ours(x) * 2)
-    assert not wrapped.installed(layer)
-    wrapped.remove(layer)
+    assert not layers.installed(layer)
+    layers.remove(layer)
     assert toys.shift(X).eq(2).all()
     monkeypatch.undo()
     assert toys.shift(X).eq(1).all()
-    assert not isinstance(toys.shift, wrapped.Wrapped)
+    assert not isinstance(toys.shift, layers.Wrapped)
 
 
 # Below and above accelerate's and diffusers' hooks.
@@ -333,25 +333,25 @@ def test_hooks_and_layers_come_and_go_in_any_order(table, kind, first_on, first_
     before = left(table)
     if first_on == "theirs":
         hook.on()
-        layer = wrapped.install(table, "forward", wrapper)
+        layer = layers.install(table, "forward", wrapper)
     else:
-        layer = wrapped.install(table, "forward", wrapper)
+        layer = layers.install(table, "forward", wrapper)
         hook.on()
     table(X)
     assert (hook.calls, wrapper.calls) == (1, 1)
-    assert wrapped.installed(layer)
+    assert layers.installed(layer)
     if first_off == "theirs":
         hook.off()
         table(X)
         assert (hook.calls, wrapper.calls) == (1, 2)
-        assert wrapped.remove(layer)
+        assert layers.remove(layer)
     else:
-        assert wrapped.remove(layer)
+        assert layers.remove(layer)
         table(X)
         assert (hook.calls, wrapper.calls) == (2, 1)
         hook.off()
     assert torch.equal(table(X), toys.Table()(X))
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     assert left(table) == before
 
 
@@ -370,7 +370,7 @@ def test_a_layer_goes_below_a_hook_that_is_there_already(table, kind):
         order.append("ours")
         return original(*args, **kwargs)
 
-    wrapped.install(table, "forward", wrapper)
+    layers.install(table, "forward", wrapper)
     table(X)
     assert order == ["theirs", "ours"]
 
@@ -378,29 +378,29 @@ def test_a_layer_goes_below_a_hook_that_is_there_already(table, kind):
 @HOOKS
 def test_removing_twice_under_a_hook_that_came_later_says_that_all_is_gone(table, kind):
     # Such a hook's `__wrapped__` still names what it found.
-    layer = wrapped.install(table, "forward", Layer())
+    layer = layers.install(table, "forward", Layer())
     kind(table).on()
-    assert wrapped.remove(layer)
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
+    assert layers.remove(layer)
 
 
 def test_layers_above_below_and_between_two_libraries_hooks(table):
     accelerate, diffusers = Accelerate(table), Diffusers(table)
     wrappers, before = [Layer() for _ in range(3)], left(table)
-    layers = [wrapped.install(table, "forward", wrappers[0])]
+    placed = [layers.install(table, "forward", wrappers[0])]
     accelerate.on()
-    layers.append(wrapped.install(table, "forward", wrappers[1]))
+    placed.append(layers.install(table, "forward", wrappers[1]))
     diffusers.on()
-    layers.append(wrapped.install(table, "forward", wrappers[2]))
+    placed.append(layers.install(table, "forward", wrappers[2]))
     table(X)
     assert [accelerate.calls, diffusers.calls, *(each.calls for each in wrappers)] == [1, 1, 1, 1, 1]
-    assert wrapped.remove(layers[1])
+    assert layers.remove(placed[1])
     diffusers.off()
-    assert wrapped.remove(layers[0])
+    assert layers.remove(placed[0])
     accelerate.off()
     table(X)
     assert [accelerate.calls, diffusers.calls, *(each.calls for each in wrappers)] == [1, 1, 1, 1, 2]
-    assert wrapped.remove(layers[2])
+    assert layers.remove(placed[2])
     assert left(table) == before
 
 
@@ -417,10 +417,10 @@ def test_a_hook_whose_new_forward_was_taken_out_by_diffusers_itself_is_seen_thro
     registry.register_hook(Hook(), "upper")
     registry.remove_hook("lower", recurse=False)
     wrapper = Layer()
-    layer = wrapped.install(table, "forward", wrapper)
+    layer = layers.install(table, "forward", wrapper)
     table(X)
     assert wrapper.calls == 1
-    assert wrapped.remove(layer)
+    assert layers.remove(layer)
     table(X)
     assert wrapper.calls == 1
 
@@ -432,6 +432,6 @@ def test_hooks_that_other_libraries_left_in_a_circle_do_not_hang(table):
     hook = table._hf_hook
     del table._hf_hook  # as if it had never been there: accelerate hooks its own hook again
     hooks.add_hook_to_module(table, hook)
-    layer = wrapped.install(table, "forward", Layer())
-    wrapped.installed(layer)
-    wrapped.remove(layer)
+    layer = layers.install(table, "forward", Layer())
+    layers.installed(layer)
+    layers.remove(layer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..keys import Uncacheable
+from ..memo.keys import Uncacheable
 from .rotary import turn
 
 

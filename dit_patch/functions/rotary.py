@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..keys import Uncacheable, refuse_autograd
+from ..memo.keys import Uncacheable, refuse_autograd
 from ..rotary import RotaryError, has_triton, rotary
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)

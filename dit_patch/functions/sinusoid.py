@@ -11,7 +11,7 @@ import math
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..keys import capturing, default_device, on_a_real_device
+from ..memo.keys import capturing, default_device, on_a_real_device
 
 _TABLES = 32  # of each kind, at the most
 

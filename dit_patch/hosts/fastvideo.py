@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import SpecError, suggest
-from ..mini import Carried, noise, seed_of
+from ..spec.mini import Carried, noise, seed_of
 
 _for_good = ExitStack()
 _FLEX_USERS = ("causal_wanvideo", "matrixgame2.causal_model", "matrixgame2.action_module")

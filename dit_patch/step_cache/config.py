@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StepCacheError, quote, suggest
-from ..wording import one_of
+from ..spec.messages import one_of
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration
+    from ..bench.step_cache.calibrate import Calibration
 
 CALIBRATORS = ("taylorseer", "foca", "dmd")
 MASKS = ("slow", "medium", "fast", "ultra")
@@ -161,7 +161,7 @@ class StepCache:
         Raises:
             StepCacheError: the target cannot be reached; it says what can.
         """
-        from .calibrate import calibrate
+        from ..bench.step_cache.calibrate import calibrate
 
         return calibrate(pipeline, prompts, target, ssim=ssim, **options)
 

@@ -21,7 +21,7 @@ from . import ranks
 from .config import StepCache
 
 if TYPE_CHECKING:
-    from .calibrate import Recorder
+    from ..bench.step_cache.calibrate import Recorder
 
 
 class Gates:

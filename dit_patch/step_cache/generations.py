@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .. import resolve, wrapped
-from ..scope import Frame
+from ..sites import layers, resolve
+from ..sites.scope import Frame
 
 
 class Loops:
@@ -35,7 +35,7 @@ class Loops:
         ends: Callable[[], None],
     ) -> None:
         self.model, self._begins, self._ends = model, begins, ends
-        self._layers: list[wrapped.Wrapped] = []
+        self._layers: list[layers.Wrapped] = []
         self._boundary: float | None = None
         stages = resolve.stages(target, model)
         self._owners = stages or [target] * (target is not model)
@@ -52,7 +52,7 @@ class Loops:
 
     def remove(self) -> None:
         for layer in reversed(self._layers):
-            wrapped.remove(layer)
+            layers.remove(layer)
 
     def join(self) -> None:
         """Whoever listens comes late: a loop has begun already, and counts from here."""
@@ -63,7 +63,7 @@ class Loops:
 
     def _listen(self, owner: Any, name: str, wrapper: Callable) -> None:
         if callable(getattr(owner, name, None)):
-            self._layers.append(wrapped.install(owner, name, wrapper))
+            self._layers.append(layers.install(owner, name, wrapper))
 
     def _loop_of(self, owner: Any) -> Callable:
         def progress_bar(original, instance, args, kwargs):
@@ -128,12 +128,12 @@ class Passes:
         self._name: str | None = None
         self._layer = None
         if callable(getattr(model, "cache_context", None)):
-            self._layer = wrapped.install(model, "cache_context", self._cache_context)
+            self._layer = layers.install(model, "cache_context", self._cache_context)
         self.forget()
 
     def remove(self) -> None:
         if self._layer is not None:
-            wrapped.remove(self._layer)
+            layers.remove(self._layer)
 
     def named(self, name: str | None) -> None:
         """The pass that runs is called that, by a `cache_context` that was entered before anybody listened."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from .. import resolve
 from ..errors import StepCacheError
-from ..spec import Spec
+from ..sites import resolve
+from ..spec.model import Spec
 
 OLDEST, NEXT = "1.5.3", "1.6"
 """The first cache-dit that this was checked with (before, max_continuous counts otherwise), and the first not."""

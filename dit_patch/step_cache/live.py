@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from .. import resolve, scope, wrapped
-from ..cache import tensors_in
 from ..errors import StepCacheError
-from ..memo import same
-from ..scope import Frame
-from ..spec import Spec
+from ..memo.lookup import same
+from ..memo.store import tensors_in
+from ..sites import layers, resolve, scope
+from ..sites.scope import Frame
+from ..spec.model import Spec
 from . import guards, ranks
 from .config import MASKS, StepCache
 from .gates import Gates
@@ -54,7 +54,7 @@ class Stepping:
         self._positions = {each: at for at, each in enumerate(spec.parameters or scope.parameters(model))}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._layer: wrapped.Wrapped | None = None
+        self._layer: layers.Wrapped | None = None
         self._pending, self._running, self._proven = True, False, False
         self._unseen = 0  # forwards that did not come by our layer
         self._expected: int | None = None
@@ -65,7 +65,7 @@ class Stepping:
     def install(self) -> None:
         self._passes = Passes(self.model)
         self._loops = Loops(self.target, self.model, self.begins, self.ends)
-        self._layer = wrapped.install(self.model, "forward", self._forward)
+        self._layer = layers.install(self.model, "forward", self._forward)
 
     def repair(self, target: Any = None) -> None:
         """Put back what another library has displaced; listen to `target`, the pipeline, where it is another one."""
@@ -73,8 +73,8 @@ class Stepping:
             self._loops.remove()
             self.target = target
             self._loops = Loops(target, self.model, self.begins, self.ends)
-        if self._layer is not None and not wrapped.installed(self._layer):
-            self._layer = wrapped.install(self.model, "forward", self._forward)
+        if self._layer is not None and not layers.installed(self._layer):
+            self._layer = layers.install(self.model, "forward", self._forward)
 
     def remove(self) -> bool:
         """Take everything back; False where another library holds our layer inside its own."""
@@ -82,7 +82,7 @@ class Stepping:
             return True
         self._loops.remove()
         self._passes.remove()
-        gone = wrapped.remove(self._layer)
+        gone = layers.remove(self._layer)
         self._layer = None
         self.release()
         return gone

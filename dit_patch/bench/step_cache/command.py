@@ -1,0 +1,91 @@
+"""`dit-patch bench step-cache`: from the words of a command line to a report on disk."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from ... import extras
+from ...errors import StepCacheError, quote, suggest
+from ...pipelines import call_arguments, loading
+from ...step_cache.config import KNOBS, PRESETS, StepCache
+from ...upstream.verbosity import quiet_upstream
+
+NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow", "diffusers": "diffusers"}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare, print the table, write `report.html`, `runs.csv` and `frames.csv`; 1 where the comparison is void."""
+    extras.require("bench step-cache", NEEDED, "cache-bench", StepCacheError)
+    from ...step_cache import guards
+    from . import document, harness
+
+    guards.cache_dit()
+    knobs = _knobs(options.set)
+    configs = _configs(options, knobs)
+    for name in ("steps", "repeats"):
+        if getattr(options, name) < 1:
+            raise StepCacheError(f"--{name}: {getattr(options, name)} is less than 1")
+    with quiet_upstream():
+        pipeline, prompts, call = _pipeline(options)
+        pipeline.set_progress_bar_config(disable=True)
+        result = harness.compare(
+            pipeline,
+            prompts,
+            configs,
+            {**call, **call_arguments.pairs("--call", options.call, error=StepCacheError)},
+            steps=options.steps,
+            seed=options.seed,
+            repeats=options.repeats,
+            direct=options.beside_cache_dit,
+            say=print,
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    title = f"Step caching on {options.model}, {options.steps} steps"
+    document.write(options.out / "report.html", result, title)
+    tables = harness.write_csv(options.out, result)
+    print("\n" + document.plain(result) + "\n")
+    print(options.out / "report.html", *tables, sep="\n")
+    return 1 if result.failures else 0
+
+
+def _configs(options: argparse.Namespace, knobs: Mapping[str, Any]) -> dict[str, StepCache]:
+    from .harness import thresholds
+
+    names = options.preset or list(PRESETS)
+    made = {name: StepCache.of({"preset": name, **knobs}) for name in names}
+    if options.threshold:
+        return thresholds(options.threshold, made[names[0]])
+    return made
+
+
+def _knobs(words: list[str]) -> dict[str, Any]:
+    found = call_arguments.pairs("--set", words, as_text=("mask",), error=StepCacheError)  # 1011 is not a number here
+    for name in found:
+        if name not in KNOBS:
+            raise StepCacheError(f"--set: no knob {quote(name)}{suggest(name, KNOBS)}\n    Knobs: {', '.join(KNOBS)}.")
+    return found
+
+
+def _pipeline(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any]]:
+    device = loading.device(options.device)
+    prompts = list(options.prompt or ())
+    if options.prompts is not None:
+        try:
+            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise StepCacheError(f"--prompts: {options.prompts}: {error.strerror}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if options.model == "shapes":
+        from ...pipelines import trained_example
+
+        return (
+            trained_example.pipeline().to(device),
+            prompts or list(trained_example.PROMPTS[::10]),
+            dict(trained_example.CALL),
+        )
+    if not prompts:
+        raise StepCacheError("no prompts: give --prompt or --prompts")
+    pipeline = loading.load(options.model, loading.dtype(options.dtype))
+    return pipeline.to(device), prompts, {}

@@ -1,0 +1,18 @@
+"""`dit-patch demo`, see `dit_patch.pipelines.demo`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("dit-patch-demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and noise (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..pipelines import demo
+
+    return demo.run(options.out, steps=options.steps, seed=options.seed)

@@ -1,0 +1,17 @@
+"""`dit-patch schema`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..spec.model import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0

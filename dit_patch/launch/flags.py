@@ -1,0 +1,164 @@
+"""`--patch-model` and its companions: on anybody's command line, in the environment, and from there to `apply`.
+
+    parser = argparse.ArgumentParser()
+    dit_patch.add_arguments(parser)
+    ...
+    handle = dit_patch.from_args(pipeline, parser.parse_args())
+
+Knows how choices are written down, and nothing of models; imports no torch before there is something to patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DitPatchError, quote
+
+if TYPE_CHECKING:
+    from ..handle import Handle
+    from .workers import RemoteHandle
+
+AUTO, OFF = "auto", "off"
+_PATCH_MODEL = (
+    "patch the pipeline's transformers, losslessly: `auto` (or nothing after it) patches whatever there is a spec for; "
+    "names of specs (diffusers/wan) or kinds of sites (rope,mask), with commas between them, patch only those; "
+    "`off` patches nothing"
+)
+_STEP_CACHE = (
+    "also skip blocks where a step changes little, which CHANGES THE OUTPUT: quality, balanced (where nothing follows) "
+    "or performance"
+)
+_REPORT = "write what was patched and what it saved to PATH when the program ends; as JSON if PATH ends so; - prints it"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user chose. Fields are as they are written down; `options` is what they mean."""
+
+    patch_model: str | None = None
+    step_cache: str | None = None
+    spec_dir: tuple[str, ...] = ()
+    trust_specs: bool = False
+    patch_report: str | None = None
+
+    @classmethod
+    def of(cls, args: Any, environ: Mapping[str, str] | None = None) -> Choice:
+        """From parsed arguments (a Namespace, or a mapping as click has it); where they say nothing, the environment.
+
+        Raises:
+            DitPatchError: a value of another kind than these are.
+        """
+        given = dict(args) if isinstance(args, Mapping) else vars(args)
+        own = {name: _read(name, given.get(name)) for name in VARIABLES}
+        around = cls.of_environment(os.environ if environ is None else environ)
+        return replace(around, **{name: value for name, value in own.items() if value})
+
+    @classmethod
+    def of_environment(cls, environ: Mapping[str, str]) -> Choice:
+        """From the variables in `VARIABLES` alone."""
+        return cls(**{name: _read(name, environ.get(variable)) for name, variable in VARIABLES.items()})
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which `of_environment` reads this."""
+        written = {
+            "patch_model": self.patch_model,
+            "step_cache": self.step_cache,
+            "spec_dir": os.pathsep.join(map(os.path.abspath, self.spec_dir)),
+            "trust_specs": "1" if self.trust_specs else "",
+            "patch_report": self.patch_report,
+        }
+        return {VARIABLES[name]: text for name, text in written.items() if text}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be patched."""
+        return self._wants(self.patch_model) or self._wants(self.step_cache)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `dit_patch.apply`."""
+        # Whoever asks for a step cache alone gets the lossless caches beside it, unless they were said to be off.
+        words = [word.strip() for word in (self.patch_model or AUTO).split(",") if word.strip()]
+        only = None if AUTO in words else () if words == [OFF] else tuple(words)
+        step_cache = self.step_cache if self._wants(self.step_cache) else None
+        return {"only": only, "step_cache": step_cache, "specs": self.spec_dir, "trust": self.trust_specs}
+
+    @staticmethod
+    def _wants(text: str | None) -> bool:
+        return bool(text) and text != OFF
+
+
+VARIABLES = {
+    "patch_model": "DIT_PATCH_MODEL",
+    "step_cache": "DIT_PATCH_STEP_CACHE",
+    "spec_dir": "DIT_PATCH_SPEC_DIR",
+    "trust_specs": "DIT_PATCH_TRUST_SPECS",
+    "patch_report": "DIT_PATCH_REPORT",
+}
+"""The environment variable that stands in for each flag; `DIT_PATCH_SPEC_DIR` is a list as PATH is one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--patch-model [WHAT]`, `--step-cache [PRESET]`, `--spec-dir`, `--trust-specs` and `--patch-report`.
+
+    Where a flag is not given, its environment variable counts (`DIT_PATCH_MODEL`, `DIT_PATCH_STEP_CACHE`,
+    `DIT_PATCH_SPEC_DIR`, `DIT_PATCH_TRUST_SPECS`, `DIT_PATCH_REPORT`); without either nothing is patched.
+    """
+    group = parser.add_argument_group("dit_patch", f"or by {', '.join(VARIABLES.values())} in the environment")
+    group.add_argument("--patch-model", nargs="?", const=AUTO, metavar="WHAT", help=_PATCH_MODEL)
+    group.add_argument("--step-cache", nargs="?", const="balanced", metavar="PRESET", help=_STEP_CACHE)
+    add_spec_arguments(group)
+    group.add_argument("--patch-report", metavar="PATH", help=_REPORT)
+
+
+def add_spec_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add `--spec-dir` and `--trust-specs`."""
+    parser.add_argument("--spec-dir", action="append", default=[], metavar="DIR", help="another directory with specs")
+    parser.add_argument("--trust-specs", action="store_true", help="let those specs name code of their own")
+
+
+def from_args(pipeline: Any, args: Any) -> Handle | RemoteHandle | None:
+    """Patch `pipeline` as the command line (or else the environment) says; None where it says nothing, or `off`.
+
+    Args:
+        pipeline: what `dit_patch.apply` takes.
+        args: what the parser of `add_arguments` returned; or a mapping with any of the keys `patch_model`,
+            `step_cache`, `spec_dir`, `trust_specs` and `patch_report`, for click, typer and others.
+
+    Raises:
+        DitPatchError: as `dit_patch.apply`.
+    """
+    choice = Choice.of(args)
+    if not choice.wanted:
+        return None
+    from ..handle import apply
+    from ..report.journal import journal
+
+    handle = apply(pipeline, **choice.options)
+    if choice.patch_report:
+        journal.keep(handle)
+        journal.report_at_exit(choice.patch_report)
+    return handle
+
+
+def _read(name: str, value: Any) -> Any:
+    """A flag's value as `Choice` has it, from whatever an argument parser or the environment gives."""
+    if name == "spec_dir":
+        if isinstance(value, str):
+            value = value.split(os.pathsep)
+        return tuple(os.fspath(each) for each in value or () if each)
+    if name == "trust_specs":
+        if isinstance(value, str) and value.lower() not in ("", "0", "1", "false", "true", "no", "yes"):
+            raise DitPatchError(f"{VARIABLES[name]}: {quote(value)} is neither 1 nor 0")
+        return value.lower() in ("1", "true", "yes") if isinstance(value, str) else bool(value)
+    if value is True:  # a bare flag of click's or typer's
+        return "balanced" if name == "step_cache" else AUTO
+    if value is None or value is False:
+        return None
+    if not isinstance(value, (str, os.PathLike)):
+        raise DitPatchError(f"{name}: {quote(repr(value))} is a {type(value).__name__}; expected text")
+    return os.fspath(value) or None

@@ -1,0 +1,43 @@
+"""In a process under `dit-patch run`: wait for the modules of the classes that have specs, and watch what they make.
+
+Started before the first of their packages is imported; imports no torch until one of the modules has been.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import wrapt
+
+
+def start(folder: str, classes: Sequence[str]) -> None:
+    """Watch these classes, given by their dotted names, from when their modules are imported."""
+    by_module: dict[str, list[str]] = {}
+    for name in classes:
+        module, _, attribute = name.rpartition(".")
+        by_module.setdefault(module, []).append(attribute)
+    for module, names in by_module.items():
+        wrapt.register_post_import_hook(functools.partial(_imported, folder, names), module)
+
+
+def _imported(folder: str, names: list[str], module: ModuleType) -> None:
+    try:
+        from . import first_forward
+
+        # What is said of a patch shall not end a program that runs with -W error.
+        warnings.filterwarnings("default", message="dit_patch: ")
+        first_forward.record_in(folder)
+        for name in names:
+            cls = vars(module).get(name)
+            if isinstance(cls, type):  # other versions of a library may lack it
+                first_forward.watch(cls)
+    except Exception as error:
+        # wrapt would have the program's import fail.
+        print(f"dit_patch: {module.__name__}: {type(error).__name__}: {error}", file=sys.stderr)
+        from ..report.journal import journal
+
+        journal.failed(", ".join(names), f"{type(error).__name__}: {error}")

@@ -1,0 +1,193 @@
+"""`dit-patch run` itself: starts the command so that its Python processes patch themselves, and reports at its end.
+
+Imports no torch: it is the programs that do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DitPatchError, quote
+from ..report.journal import own_path, save
+from .flags import AUTO, VARIABLES, Choice
+from .folder import CLASSES, FOLDER, SITE, STRICT
+from .summary import Summary
+
+NOTHING = 3
+"""The exit status of a run with `--strict` in which the command itself went well, and not everything was patched."""
+
+_FORWARDED = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_KEYS = ("SIGINT", "SIGQUIT")  # which a terminal sends to all processes in the foreground by itself
+
+
+def run(choice: Choice, command: Sequence[str], *, strict: bool = False) -> int:
+    """Run `command`, and return its exit status, as a shell gives it (128 and more: ended by a signal).
+
+    Raises:
+        DitPatchError: the choice makes no sense, before anything is started.
+    """
+    if choice.patch_model is None:
+        choice = replace(choice, patch_model=AUTO)
+    if not choice.wanted:
+        print("dit-patch run: --patch-model off: the command runs as it is", file=sys.stderr)
+        return _status(command, _without_flags(os.environ))
+    classes = _classes(choice)
+    report = _report_file(choice.patch_report)
+    folder = Path(tempfile.mkdtemp(prefix="dit-patch-run-"))
+    try:
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), "utf-8")
+        status = _status(command, _environment(choice, folder, strict))
+        summary = Summary.of(folder, command, status)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _tell(summary, report)
+    if strict and not status and (summary.why_nothing or summary.failures):
+        return NOTHING
+    return status
+
+
+def _classes(choice: Choice) -> list[str]:
+    """The dotted names of the classes to watch.
+
+    Raises:
+        DitPatchError: something of the choice does not exist, or a spec cannot be read.
+    """
+    from ..spec.registry import Registry
+    from ..step_cache import StepCache
+
+    registry = Registry(choice.spec_dir, trust=choice.trust_specs)
+    hint = "\n    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
+    _, names = registry.selection(choice.options["only"] or (), "--patch-model", hint)
+    StepCache.of(choice.options["step_cache"])
+    return [name for name, spec in registry.classes().items() if spec.is_wanted(names)]
+
+
+def _report_file(path: str | None) -> str | None:
+    """Where the report goes, found out before hours have been spent; None for standard error."""
+    if path is None or path == "-":
+        return None
+    path = os.path.abspath(own_path(path))
+    parent = os.path.dirname(path)
+    if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise DitPatchError(f"--patch-report: {quote(path)} cannot be written; give a file in a directory that exists")
+    return path
+
+
+def _environment(choice: Choice, folder: Path, strict: bool) -> dict[str, str]:
+    environment = _without_flags(os.environ)
+    environment |= replace(choice, patch_report=None).environment()
+    environment[FOLDER] = str(folder)
+    if strict:
+        environment[STRICT] = "1"
+    theirs = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([str(SITE), theirs] if theirs else [str(SITE)])
+    return environment
+
+
+def _without_flags(environ: Mapping[str, str]) -> dict[str, str]:
+    ours = {*VARIABLES.values(), FOLDER, STRICT}
+    return {name: value for name, value in environ.items() if name not in ours}
+
+
+class CommandError(DitPatchError):
+    """The command could not be started; `status` is what a shell returns then."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
+    name = command[0]
+    try:
+        return subprocess.Popen(list(command), env=environment)
+    except PermissionError as error:
+        python = f"\n    Did you mean `python {name} ...`?" if name.endswith(".py") else ""
+        raise CommandError(f"{quote(name)} may not be executed ({error.strerror}){python}", 126) from None
+    except OSError as error:
+        python = f"\n    Did you mean `python {name} ...`?" if os.path.isfile(name) and name.endswith(".py") else ""
+        raise CommandError(f"no command {quote(name)} ({error.strerror}){python}", 127) from None
+
+
+def _status(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the command to its end."""
+    with _forwarding() as forward_to:
+        process = _start(command, environment)
+        forward_to(process)
+        status = process.wait()
+    return 128 - status if status < 0 else status
+
+
+@contextmanager
+def _forwarding() -> Iterator[Callable[[subprocess.Popen], None]]:
+    """Signals to us are for the command; a key of the terminal it gets by itself.
+
+    What is yielded is to be told of its process; signals that come before that wait for it.
+    """
+    started: list[subprocess.Popen] = []
+    early: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        if signal.Signals(number).name in _KEYS and _in_foreground():
+            return
+        if not started:
+            early.append(number)
+            return
+        with suppress(ProcessLookupError):
+            started[0].send_signal(number)
+
+    def forward_to(process: subprocess.Popen) -> None:
+        started.append(process)
+        while early:
+            forward(early.pop(0), None)
+
+    numbers = [getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)]
+    # nohup has some ignored, and they shall stay so.
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    try:
+        yield forward_to
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal sends its keys to our process group."""
+    try:
+        terminal = os.open(os.ctermid(), os.O_RDONLY)
+    except (OSError, AttributeError):
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _tell(summary: Summary, report: str | None) -> None:
+    if report is not None:
+        try:
+            save(report, summary.document, lambda _: str(summary))
+        except OSError as error:
+            print(f"dit-patch run: the report could not be written to `{report}`: {error}", file=sys.stderr)
+            report = None
+    if report is None:
+        print(f"\n{summary}", file=sys.stderr, flush=True)
+        return
+    print(f"\n{summary.headline}; the report is in {report}", file=sys.stderr, flush=True)
+    if summary.verdict is not None:
+        print(summary.verdict, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""What handles did, as rows and as text, and what a process tells of them when it ends."""

@@ -1,0 +1,194 @@
+"""A site without a call of its own: the tensor code that a model's forward runs between two of its submodules.
+
+From the end of one submodule, or the beginning of the forward, to the start of the next, torch functions are watched.
+A pure one whose tensor inputs are all known (arguments of the forward that the spec names, or earlier results of the
+span) is memoised by its function, its other arguments and the identity of those inputs; everything else runs as it is.
+Every step is looked up by what it is called with, so that no key can be too coarse: changed code or other inputs are
+other keys. Asking a known tensor whether it is true is such a step, too: on a GPU the host waits for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+
+from ..errors import SiteError, suggest
+from ..memo.keys import Argument, Pins, Uncacheable, ambient, capturing
+from ..memo.lookup import Memo
+from ..memo.store import Budget, Entry
+from ..spec.model import Site
+from . import scope
+from .resolve import compiled_along
+
+_CPU = torch.device("cpu")
+_FACTORIES = frozenset({"arange", "full", "ones", "tensor", "zeros"})
+_METHODS = frozenset(
+    """
+    __bool__ all add sub mul eq ne ge gt le lt logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
+    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __eq__ __ne__ __ge__ __gt__ __le__ __lt__
+    __and__ __or__ __invert__ bool cat cumsum expand flatten masked_fill pad permute repeat repeat_interleave
+    reshape squeeze stack sum to transpose tril triu unsqueeze view where
+    """.split()  # noqa: SIM905
+)
+
+
+class Span:
+    """A live span of `model`, between the end of its submodule `start`, or of nothing, and the beginning of `end`.
+
+    A span without a `start` has to be told that a forward begins: `begin()`. `path` is that of `end`; `parameters` are
+    the forward's.
+
+    Raises:
+        SiteError: where the spec names an argument that the model's forward does not have.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        model: torch.nn.Module,
+        start: torch.nn.Module | None,
+        end: torch.nn.Module,
+        path: str,
+        parameters: Sequence[str],
+        *,
+        where: str,
+        budget: Budget,
+        check: str,
+    ) -> None:
+        self.site, self.model, self.start, self.end, self.path, self.where = site, model, start, end, path, where
+        self.memo = Memo(where, budget, check)
+        self.names = [name.removeprefix("model.") for name in site.key]
+        for name in self.names:
+            if name not in parameters and not scope.takes_any(model):
+                raise SiteError(f"{where}: the model's forward has no parameter `{name}`{suggest(name, parameters)}")
+        self._hooks: list = []
+
+    def install(self) -> None:
+        if not self._hooks:
+            self._hooks = [self.end.register_forward_pre_hook(scope.Hook(self.finish), prepend=True)]
+            if self.start is not None:
+                self._hooks.append(self.start.register_forward_hook(scope.Hook(self.begin)))
+
+    def remove(self) -> bool:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.clear()
+        return True
+
+    def clear(self) -> None:
+        self.memo.cache.clear()
+
+    displaced = False  # torch's hooks stay where they are
+    fixes = False
+
+    def begin(self, *_) -> None:
+        frame = scope.current()
+        if frame is None or frame.model is not self.model or frame.calls.get(self):
+            return
+        frame.calls[self] = 1
+        if self.memo.off is not None or (self.site.accelerator and frame.device == _CPU):
+            return
+        try:
+            if compiled_along(self.model, self.path):
+                # A mode that is on when a compiled function is entered would have it compiled again.
+                raise Uncacheable("the submodule after it is compiled")
+            if self.names and frame.nameless:
+                raise Uncacheable("the model was called with positional arguments that its spec does not name")
+            mode = _Watch(self, ambient(True), [frame.argument(name) for name in self.names])
+        except Uncacheable as reason:
+            self.memo.bypass(str(reason))
+            return
+        mode.__enter__()
+        frame.leave.append(mode.finish)
+
+    def finish(self, *_) -> None:
+        frame = scope.current()
+        if frame is not None and frame.model is self.model and frame.leave:
+            for leave in [leave for leave in frame.leave if getattr(leave, "__self__", None).__class__ is _Watch]:
+                frame.leave.remove(leave)
+                leave()
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, span: Span, around: Hashable, arguments: list[Any]) -> None:
+        super().__init__()
+        self.span, self.around = span, around
+        listed = [item for value in arguments for item in (value if isinstance(value, (list, tuple)) else (value,))]
+        self.given = [value for value in listed if isinstance(value, torch.Tensor)]
+        self.known = {id(tensor): tensor for tensor in self.given}
+        self.made: dict[int, Entry] = {}
+        self.capturing = capturing()
+
+    def finish(self) -> None:
+        # After an interrupt, modes of others may be above this one, which `__exit__` would take for it.
+        above = []
+        while (mode := _get_current_function_mode()) not in (self, None):
+            above.append(_pop_mode())
+        if mode is self:
+            _pop_mode()
+        for each in reversed(above):
+            _push_mode(each)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.__name__
+        if name not in _METHODS and name not in _FACTORIES:
+            return function(*args, **kwargs)
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not inputs and name not in _FACTORIES or any(id(tensor) not in self.known for tensor in inputs):
+            return function(*args, **kwargs)
+        memo = self.span.memo
+        step = _Step(self, function, args, kwargs)
+        try:
+            key = (self.around, name, *step.parts(None))
+        except Uncacheable as reason:
+            memo.bypass(str(reason))
+            return function(*args, **kwargs)
+        if self.capturing:
+            # What has no tensor in it is the same at every replay.
+            entry = None if inputs else memo.found(key)
+            return function(*args, **kwargs) if entry is None else entry.fresh()
+        result = memo.recall(key, step)
+        entry = memo.cache.entries.get(key)
+        if entry is not None and isinstance(result, torch.Tensor):
+            self.known[id(result)], self.made[id(result)] = result, entry
+        return result
+
+
+class _Step:
+    """One torch function of the span, as `Memo` asks about it."""
+
+    __slots__ = ("args", "function", "kwargs", "watch")
+
+    def __init__(self, watch: _Watch, function: Any, args: tuple, kwargs: dict) -> None:
+        self.watch, self.function, self.args, self.kwargs = watch, function, args, kwargs
+
+    def parts(self, pins: Pins | None, facets: tuple[str, ...] = ("identity",)) -> list[Hashable]:
+        argument = Argument(self.function.__name__, facets, self.watch.span.where)
+        return [
+            *(argument.part(value, pins) for value in self.args),
+            *((name, argument.part(value, pins)) for name, value in self.kwargs.items()),
+        ]
+
+    def compute(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+    def pins(self) -> Pins:
+        pins = Pins()
+        self.parts(pins)
+        # A view keeps the storage that it is keyed by, so it must go with the result that it is a view of.
+        pins.others = [self.watch.made[id(tensor)].held for tensor in self.stored() if id(tensor) in self.watch.made]
+        return pins
+
+    def signature(self) -> Hashable:
+        return self.function.__name__, *self.parts(None, ("shape", "dtype", "device"))
+
+    def sources(self) -> list[torch.Tensor]:
+        return self.watch.given
+
+    def stored(self) -> list[torch.Tensor]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]

@@ -1,0 +1,152 @@
+"""Tiny real models from a spec's `mini:` (or its `bench:` sizes), and the forwards of a denoising loop for them.
+
+Offline and random: weights from a seed, inputs by the recipe. Which inputs are the same tensor from call to call is as
+in pipelines: `new: step` is shared by the passes of a step, `new: pass` by the steps of a generation. A library whose
+models need more than that (a process group, a forward context, KV caches) has a module in `dit_patch.hosts`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..memo.store import map_tensors
+from .model import Case, Input, Spec
+
+PASSES = ("cond", "uncond")
+
+
+class Carried(list):
+    """An argument that forwards write into and hand on to the next (KV caches), see `fresh`."""
+
+
+def model_class(spec: Spec) -> type[torch.nn.Module]:
+    """The spec's (first) class, its library prepared for use.
+
+    Raises:
+        ImportError: where the package is missing or has no such class.
+    """
+    host = _host(spec)
+    if host is not None:
+        host.prepare()
+    return _named(spec.classes[0])
+
+
+def make_model(spec: Spec, case: Case) -> torch.nn.Module:
+    """The spec's (first) model with the case's configuration, on the default device."""
+    cls, host = model_class(spec), _host(spec)
+    return cls(**case.config) if host is None else host.build(cls, case.config)
+
+
+def build(spec: Spec, case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """The spec's (first) model with the case's configuration and random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make_model(spec, case).eval().to(dtype)
+
+
+def precision(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> AbstractContextManager:
+    """What the model's forwards run under: FastVideo's stages keep some of what they pass on in float32, and rely on
+    autocast for the rest."""
+    fastvideo = spec.mini is not None and spec.mini.host == "dit_patch.hosts.fastvideo"
+    mixed = fastvideo and dtype is not torch.float32
+    return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
+
+
+def forwards(
+    case: Case,
+    size: Mapping[str, int],
+    *,
+    steps: int = 4,
+    passes: tuple[str, ...] = PASSES,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generation: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """The keyword arguments of every forward of one generation, in order: each step's passes one after the other."""
+    if case.rollout is not None:
+        module, _, name = case.rollout.partition(":")
+        rollout = getattr(import_module(module), name)
+        yield from rollout(
+            case.config, size, steps=steps, passes=passes, dtype=dtype, device=device, generation=generation
+        )
+        return
+    made: dict[tuple, Any] = {}
+    names = case.names(size)
+    for step in range(steps):
+        for number, _ in enumerate(passes):
+            arguments = {}
+            for name, recipe in case.inputs.items():
+                when = {"generation": (), "pass": (number,), "step": (step,), "call": (step, number)}[recipe.new]
+                if (name, when) not in made:
+                    seed = seed_of(name, generation, recipe.new, when)
+                    value = make(recipe, names, dtype=dtype, seed=seed, step=step, number=number)
+                    made[name, when] = map_tensors(lambda tensor: tensor.to(device), value)
+                arguments[name] = made[name, when]
+            yield arguments
+
+
+def fresh(forwards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same forwards to run once more: what they write into is copied, each object once."""
+    forwards = list(forwards)  # so that no object's id is used again
+    copies: dict[int, Carried] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, Carried):
+            if id(value) not in copies:
+                copies[id(value)] = map_tensors(torch.clone, value)
+            return copies[id(value)]
+        return value
+
+    return [{name: own(value) for name, value in arguments.items()} for arguments in forwards]
+
+
+def make(recipe: Input, size: Mapping[str, int], *, dtype: torch.dtype, seed: int, step: int, number: int) -> Any:
+    """One input by its recipe: a literal, or CPU tensors whose shapes' names are looked up in `size`."""
+    if recipe.items:
+        return [
+            make(item, size, dtype=dtype, seed=seed_of(seed, index), step=step, number=number)
+            for index, item in enumerate(recipe.items)
+        ]
+    if recipe.shape is None:
+        return recipe.value
+    shape = [size[each] if isinstance(each, str) else each for each in recipe.shape]
+    kind = dtype if recipe.dtype == "model" else getattr(torch, recipe.dtype)
+    if recipe.fill == "randn":
+        return noise(shape, seed).to(kind)
+    if recipe.fill == "timestep":
+        positions = torch.arange(shape[-1]) if len(shape) > 1 else torch.zeros(shape[0])
+        return ((999 - 137 * step - 7 * positions) % 1000).expand(shape).to(kind)
+    if recipe.fill == "mask":
+        valid = max(1, 2 * shape[-1] // 3 - number)
+        return (torch.arange(shape[-1]) < valid).expand(shape).to(kind)
+    return torch.full(shape, {"zeros": 0, "ones": 1}.get(recipe.fill, recipe.fill), dtype=kind)
+
+
+def seed_of(*names: Any) -> int:
+    """A seed for the random numbers of what is called that."""
+    return zlib.crc32(repr(names).encode())
+
+
+def noise(shape: Iterable[int], seed: int) -> torch.Tensor:
+    """Normally distributed float32 numbers on the CPU, always the same ones for a seed."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _host(spec: Spec) -> ModuleType | None:
+    host = spec.mini.host if spec.mini else None
+    return None if host is None else import_module(host)
+
+
+def _named(name: str) -> type[torch.nn.Module]:
+    module, _, qualname = name.rpartition(".")
+    try:
+        return getattr(import_module(module), qualname)
+    except AttributeError as error:
+        raise ImportError(f"{module} has no class {qualname}") from error

@@ -1,0 +1,209 @@
+"""Where specs come from, and which of them is for a class.
+
+Specs are the YAML files that come with dit_patch, those of installed packages (entry points of group
+`dit_patch.specs`), and those in directories that the user names. A registry reads them at first use and keeps them;
+there is no other table. It knows nothing about models beyond the dotted names of their classes.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from ..errors import DitPatchError, SpecError, quote, suggest
+from .model import Kind, Spec, extend, load
+
+KINDS: tuple[str, ...] = get_args(Kind)
+GROUP = "dit_patch.specs"
+
+_HERE = Path(__file__).parents[1]
+# In a wheel the specs lie inside the package; in a checkout, editable or not, next to it.
+BUNDLED = next((path for path in (_HERE / "specs", _HERE.parent / "specs") if path.is_dir()), _HERE / "specs")
+
+
+class _Source(NamedTuple):
+    """A directory of specs, how messages call it, and whether its specs may name code of their own."""
+
+    root: Path
+    words: str
+    trusted: bool
+    may_be_empty: bool = False
+
+
+class _File(NamedTuple):
+    path: Path
+    trusted: bool
+
+
+class Registry:
+    """The specs that are known, by name and by class.
+
+    `directories` are the user's own; their specs may name code outside dit_patch only with `trust=True`. `bundled` and
+    `plugins` say whether the specs that come with dit_patch, and with other installed packages, are among them.
+    """
+
+    def __init__(
+        self,
+        directories: Iterable[str | Path] | str | Path = (),
+        *,
+        trust: bool = False,
+        bundled: bool = True,
+        plugins: bool = True,
+    ) -> None:
+        own = (directories,) if isinstance(directories, (str, os.PathLike)) else directories
+        self._directories = tuple(Path(directory) for directory in own)
+        self._trust, self._bundled, self._plugins = trust, bundled, plugins
+        self._loaded: dict[str, Spec] = {}
+
+    def names(self) -> list[str]:
+        """The names of all specs, such as "diffusers/wan", in order; reads none of them."""
+        return sorted(self._files)
+
+    def __iter__(self) -> Iterator[Spec]:
+        return iter(self._all)
+
+    def get(self, name: str) -> Spec:
+        """The spec of that name, complete with what it extends."""
+        if name not in self._files:
+            known = ", ".join(self.names()) or "none"
+            raise SpecError(f"no spec {quote(name)}{suggest(name, self._files) or '.'} Known: {known}")
+        return self._load(name, ())
+
+    def read(self, path: str | Path) -> Spec:
+        """The spec in a file, which need not be in a directory of specs; what it extends may be any that are known."""
+        path = Path(path)
+        own = next((name for name, file in self._files.items() if file.path.resolve() == path.resolve()), None)
+        if own is not None:
+            return self._load(own, ())
+        spec = load(path, trusted=self._trust)
+        return spec if spec.extends is None else extend(self._base(spec, (spec.name,)), spec)
+
+    def selection(self, words: Iterable[str], flag: str, hint: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The kinds of sites and the names of specs among the words, each once and in order.
+
+        Raises:
+            DitPatchError: a word is neither; the message names the `flag`, and ends with the hint.
+        """
+        words = set(words)
+        for word in sorted(words.difference(KINDS)):
+            if word not in self._files:
+                raise DitPatchError(
+                    f"{flag}: {quote(word)} is no kind and no spec{suggest(word, (*KINDS, *self.names()))}\n"
+                    f"    Kinds: {', '.join(KINDS)}.\n    Specs: {', '.join(self.names()) or 'none'}.{hint}"
+                )
+        return tuple(kind for kind in KINDS if kind in words), tuple(sorted(words.difference(KINDS)))
+
+    def classes(self) -> dict[str, Spec]:
+        """Each class that has a spec, by its dotted name."""
+        return dict(self._classes)
+
+    def find(self, cls: type) -> Spec | None:
+        """The spec of the class or, where it has none, of the nearest class that it inherits from."""
+        named = (self._classes.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
+        return next((spec for spec in named if spec is not None), None)
+
+    @cached_property
+    def _files(self) -> dict[str, _File]:
+        files: dict[str, _File] = {}
+        seen: set[Path] = set()
+        for source in self._sources():
+            for path in _yaml_files(source):
+                # A directory may be named twice, or lie inside another.
+                if path.resolve() in seen:
+                    continue
+                seen.add(path.resolve())
+                name = path.relative_to(source.root).with_suffix("").as_posix()
+                if name in files:
+                    raise SpecError(f"two specs are called {quote(name)}: {files[name].path} and {path}; rename one")
+                files[name] = _File(path, source.trusted)
+        return files
+
+    def _sources(self) -> Iterator[_Source]:
+        if self._bundled:
+            yield _Source(BUNDLED, f"the specs that come with dit_patch, {quote(BUNDLED)}", True, may_be_empty=True)
+        if self._plugins:
+            for entry in metadata.entry_points(group=GROUP):
+                yield _plugin(entry)
+        for directory in self._directories:
+            yield _Source(directory, f"the directory {quote(directory)}", self._trust)
+
+    @cached_property
+    def _all(self) -> list[Spec]:
+        specs, complaints = [], {}
+        for name in self.names():
+            try:
+                specs.append(self._load(name, ()))
+            except SpecError as error:
+                complaints[str(error)] = None
+        if complaints:
+            raise SpecError("\n".join(complaints))
+        return specs
+
+    @cached_property
+    def _classes(self) -> dict[str, Spec]:
+        classes: dict[str, Spec] = {}
+        for spec in self._all:
+            for name in spec.classes:
+                if name in classes:
+                    first, second = (_where(each) for each in (classes[name], spec))
+                    raise SpecError(f"{second}: {quote(name)} already has a spec, {first}; a class has one")
+                classes[name] = spec
+        return classes
+
+    def _load(self, name: str, extending: tuple[str, ...]) -> Spec:
+        """`extending` are the specs on whose behalf this one is read, outermost first."""
+        if name in self._loaded:
+            return self._loaded[name]
+        path, trusted = self._files[name]
+        spec = load(path, name=name, trusted=trusted)
+        if spec.extends is not None:
+            spec = extend(self._base(spec, (*extending, name)), spec)
+        self._loaded[name] = spec
+        return spec
+
+    def _base(self, spec: Spec, extending: tuple[str, ...]) -> Spec:
+        base = spec.extends
+        if base in extending:
+            circle = " -> ".join((*extending[extending.index(base) :], base))
+            raise SpecError(f"{spec.where('extends')}: extends: goes round in a circle: {circle}")
+        if base not in self._files:
+            hint = suggest(base, self._files) or f". Known: {', '.join(self.names())}"
+            raise SpecError(f"{spec.where('extends')}: extends: no spec {quote(base)}{hint}")
+        return self._load(base, extending)
+
+
+def _yaml_files(source: _Source) -> list[Path]:
+    if not source.root.is_dir():
+        raise SpecError(f"{source.words} does not exist" if not source.root.exists() else f"{source.words} is a file")
+    files = sorted(
+        path
+        for path in source.root.rglob("*")
+        if path.suffix in (".yaml", ".yml") and not _is_hidden(path.relative_to(source.root)) and path.is_file()
+    )
+    if not files and not source.may_be_empty:
+        raise SpecError(f"{source.words} holds no spec (*.yaml, *.yml)")
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _where(spec: Spec) -> str:
+    return spec.where("model" if spec.model else "models")
+
+
+def _plugin(entry: metadata.EntryPoint) -> _Source:
+    """The directory that an entry point names, `package.folder` or `package:folder`; nothing of it is imported."""
+    package, *folders = entry.value.replace(":", ".").replace("/", ".").split(".")
+    owner = f" of {entry.dist.name}" if entry.dist else ""
+    words = f"{quote(entry.value)}, from the entry point {quote(entry.name)}{owner},"
+    found = find_spec(package) if package else None
+    for location in (found and found.submodule_search_locations) or ():
+        root = Path(location, *folders)
+        if root.is_dir():
+            return _Source(root, words, True)
+    raise SpecError(f"{words} is not a package or a directory inside one (group {GROUP!r})")
