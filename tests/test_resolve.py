@@ -10,6 +10,7 @@ import toys
 
 from dit_patch.errors import SiteError, UnsupportedModelError
 from dit_patch.sites import resolve
+from dit_patch.upstream.torch_internals import is_compiled
 
 
 def pipeline(**components):
@@ -86,12 +87,12 @@ def test_a_module_that_merely_has_a_child_called_module_is_no_wrapper():
 
 def test_what_runs_compiled_is_told():
     model, whole, inside = toys.build(), toys.build(), toys.build()
-    assert not resolve.compiled(model)
-    assert resolve.compiled(torch.compile(model))
+    assert not is_compiled(model)
+    assert is_compiled(torch.compile(model))
     whole.compile()
-    assert resolve.compiled(whole)
+    assert is_compiled(whole)
     inside.embed.compile()
-    assert not resolve.compiled(inside)
+    assert not is_compiled(inside)
     assert resolve.compiled_along(inside, "embed.first")
     assert not resolve.compiled_along(inside, "blocks.0.first")
     assert resolve.compiled_along(inside, "gone.for.good")
@@ -176,9 +177,9 @@ def test_a_part_of_a_pipeline_that_runs_compiled_is_told():
 
 def test_a_block_whose_forward_was_replaced_by_compiled_code_is_told():
     model = toys.build()
-    assert not resolve.compiled(model.embed)
+    assert not is_compiled(model.embed)
     model.embed.forward = torch.compile(model.embed.forward)
-    assert resolve.compiled(model.embed) and resolve.compiled_along(model, "embed.first")
+    assert is_compiled(model.embed) and resolve.compiled_along(model, "embed.first")
 
 
 def test_compiled_submodules_are_seen_through():

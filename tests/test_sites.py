@@ -17,6 +17,7 @@ from dit_patch.errors import SiteError
 from dit_patch.memo import keys
 from dit_patch.memo.keys import same_bits
 from dit_patch.spec.fingerprint import fingerprint
+from dit_patch.upstream import torch_internals
 
 TABLE = "- {at: table.forward, kind: rope, key: {x: [shape]}}"
 TIME = "- {at: time.forward, kind: timestep, key: {t: [identity]}}"
@@ -442,10 +443,11 @@ def test_a_result_is_unused_only_with_what_makes_it_so(patched):
 def cuda(monkeypatch):
     """A current CUDA stream, by number, and whether a graph is being captured on it."""
     state = types.SimpleNamespace(stream=1, capturing=False)
-    monkeypatch.setattr(keys, "_cuda", lambda: True)
+    for module in (keys, torch_internals):
+        monkeypatch.setattr(module, "is_cuda_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: state.stream, raising=False)
+    monkeypatch.setattr(keys, "raw_stream", lambda device: state.stream)
     return state
 
 

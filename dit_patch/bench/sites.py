@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Measurement, Timer
 
 from .. import __version__
@@ -29,6 +28,7 @@ from ..sites import layers, resolve, scope
 from ..spec import mini
 from ..spec.model import Case, Site, Spec
 from ..spec.registry import Registry
+from ..upstream.torch_internals import TorchDispatchMode
 
 PARTS = ("hits", "sites", "kernels", "forwards")
 _TURNS = 3  # at the least

@@ -11,7 +11,8 @@ import math
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..memo.keys import capturing, default_device, on_a_real_device
+from ..memo.keys import default_device, on_a_real_device
+from ..upstream.torch_internals import is_capturing, tensor_version
 
 _TABLES = 32  # of each kind, at the most
 
@@ -99,10 +100,10 @@ def _brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` on the device; one copy for as long as it is there and nobody writes into it."""
     if tensor.device == device or tensor.is_inference():
         return tensor.to(device)
-    key = (tensor._version, device, _stream(device))
+    key = (tensor_version(tensor), device, _stream(device))
     copies = _copies.setdefault(tensor, {})
     copy = copies.get(key)
-    if copy is None and capturing():  # as for a table, below
+    if copy is None and is_capturing():  # as for a table, below
         copy = next((each for other, each in copies.items() if other[:-1] == key[:-1]), None)
         return tensor.to(device) if copy is None else copy
     if copy is None:
@@ -120,7 +121,7 @@ def _table(build):
     @functools.wraps(build)
     def find(*key) -> torch.Tensor:
         table = tables.get(key)
-        if table is None and capturing():  # nothing can be brought to the device, and no stream is at work
+        if table is None and is_capturing():  # nothing can be brought to the device, and no stream is at work
             table = next((each for other, each in tables.items() if other[:-1] == key[:-1]), None)
         if table is None:
             table = tables[key] = build_plain(*key)

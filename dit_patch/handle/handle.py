@@ -32,6 +32,7 @@ from ..spec.registry import Registry
 from ..step_cache import StepCache
 from ..step_cache.live import Stepping
 from ..step_cache.stats import StepStats
+from ..upstream.torch_internals import is_compiled
 
 if TYPE_CHECKING:
     from ..launch.workers import RemoteHandle
@@ -237,7 +238,7 @@ class Member:
         path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
         if ":" in at:
             # Who calls a global cannot be told from outside.
-            found = any(map(resolve.compiled, self.model.modules()))
+            found = any(map(is_compiled, self.model.modules()))
         elif "*" in path:
             owners = resolve.branches(self.model, path, at)
             found = all(resolve.compiled_along(self.model, resolve.filled_in(path, stars)) for _, stars in owners)

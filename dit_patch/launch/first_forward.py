@@ -25,6 +25,7 @@ from ..handle import apply, handle_of
 from ..report.journal import NEVER_CALLED, PATCHED, journal
 from ..sites import layers, resolve
 from ..sites.scope import Hook, forget_copies, scope_of
+from ..upstream.torch_internals import forward_pre_hooks, is_capturing, tracing_state
 from .find_pipeline import pipeline_of
 from .flags import Choice
 from .folder import STRICT
@@ -67,7 +68,7 @@ def _prepare(cls: type, model: Any) -> None:
     outermost = next((each for each in type(model).__mro__ if each in _watched), None)
     if cls is not outermost or not isinstance(model, torch.nn.Module):
         return
-    waiting = (hook.owner for hook in model._forward_pre_hooks.values() if isinstance(hook, Hook))
+    waiting = (hook.owner for hook in forward_pre_hooks(model).values() if isinstance(hook, Hook))
     if any(isinstance(each, First) and each.is_of(model) for each in waiting):
         return
     try:
@@ -199,6 +200,4 @@ def _name(model: torch.nn.Module) -> str:
 
 def _recording() -> bool:
     """Whether what runs is being recorded: the next forward will do."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return tracing_state() is not None or is_capturing()

@@ -25,6 +25,7 @@ from ..errors import DitPatchError, UnsupportedModelError
 from ..report.rows import Rows, SiteStats, text
 from ..sites import resolve
 from ..step_cache.stats import StepStats
+from ..upstream import fastvideo_internals
 
 _OURS = "dit_patch: "
 """How our warnings begin."""
@@ -252,7 +253,7 @@ def _portable(options: dict[str, Any]) -> dict[str, Any]:
 
 def _ask(executor: Any, act: Callable, *args: Any) -> list[_Answer]:
     """Have every worker do `act`; what they warn of is warned of here."""
-    if getattr(executor, "_streaming_enabled", False):
+    if fastvideo_internals.is_streaming(executor):
         raise DitPatchError(
             "the workers are in FastVideo's streaming loop, and answer nothing else until it ends.\n"
             "    Call dit_patch.apply(generator) before the first reset(), or executor.disable_streaming() first."

@@ -6,7 +6,6 @@ nothing about calls or caches: a `State` answers with a number that changes when
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import itemgetter
@@ -14,6 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..upstream import fastvideo_internals, peft_internals
+from ..upstream.torch_internals import (
+    are_algorithms_deterministic,
+    buffers,
+    children,
+    forward_hooks,
+    forward_pre_hooks,
+    fsdp2_modules,
+    matmul_precision,
+    parameters,
+    storage_id,
+    tensor_version,
+)
 from .keys import PLAIN, Pins, Uncacheable
 
 
@@ -64,7 +76,7 @@ class State:
         found: list[torch.Tensor | None] = []
         for module in self.modules:
             for each in module.modules() if self.subtree else (module,):
-                found += [*each._parameters.values(), *each._buffers.values()]
+                found += [*parameters(each).values(), *buffers(each).values()]
         found += [group.get(name) for group, name in self.parameters]
         return [tensor for tensor in found if tensor is not None]
 
@@ -78,26 +90,25 @@ class State:
             tops = [_around(module, place) for module, place in zip(self.modules, self._places)]
             modules = [each for module in tops for each in (module.modules() if self.subtree else (module,))]
             owns = [module.__dict__ for module in modules]
-            outside = [module.__dict__ for module in (*tops, *self.modules)]
-            below = [own for own in owns if not any(own is each for each in outside)]
-            groups = [own[kind] for own in owns for kind in ("_parameters", "_buffers")]
+            below = [module for module in modules if not any(module is each for each in (*tops, *self.modules))]
+            groups = [read(module) for module in modules for read in (parameters, buffers)]
             tensors = [(group, name, tensor) for group in groups for name, tensor in group.items()]
             tensors += [(group, name, group.get(name)) for group, name in self.parameters]
             tensors = [named for named in tensors if named[-1] is not None]
             weighted = any(isinstance(tensor, torch.nn.Parameter) for _, _, tensor in tensors)
-            hooks = [own[kind] for own in below for kind in ("_forward_hooks", "_forward_pre_hooks") if weighted]
+            hooks = [read(module) for module in below for read in (forward_hooks, forward_pre_hooks) if weighted]
             refusal = self._refusal([tensor for _, _, tensor in tensors], weighted)
             if weighted and refusal is None and _sharded([group for group, _, _ in tensors]):
                 refusal = "its weights are sharded by FSDP2, where changes in a shard leave no version behind"
             if any(hooks):
                 refusal = "a hook is registered on a submodule, and a hit would skip it"
             # A step cache exchanges the model's own block lists at each forward.
-            families = [own["_modules"] for own in owns] if self.subtree else []
+            families = [children(module) for module in modules] if self.subtree else []
             pins = Pins()
             records = []
             for group, name, tensor in tensors if refusal is None else ():
                 pins.follow(tensor)
-                records.append((group, name, id(tensor), tensor.untyped_storage()._cdata, tensor._version))
+                records.append((group, name, id(tensor), storage_id(tensor), tensor_version(tensor)))
             self._known = _Known(
                 epoch=self._known.epoch + 1,
                 refusal=refusal,
@@ -108,7 +119,7 @@ class State:
                 empty=[group for group in (*groups, *families) if not group],
                 children=[(family, tuple(family.values())) for family in families if family],
                 hooks=hooks,
-                adapters=[(own, _adapters(own)) for own in owns if "merged_adapters" in own or "lora_strength" in own],
+                adapters=[(read, own, read(own)) for own in owns for read in _adapter_readers(own)],
                 places=[(*place, place[0].get(place[1])) for place in self._places if place is not None],
                 numerics=numerics(),
                 storages=pins.storages,
@@ -160,12 +171,13 @@ def _holds(known: _Known) -> bool:
                 return False
         for group, name, identity, storage, version in known.tensors:
             tensor = group[name]
+            # upstream.torch_internals.tensor_version and storage_id, without their calls
             if id(tensor) != identity or tensor._version != version or tensor.untyped_storage()._cdata != storage:
                 return False
     except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # gone, or no longer of its kind
         return False
-    for group, children in known.children:
-        for child, expected in zip(group.values(), children):
+    for group, before in known.children:
+        for child, expected in zip(group.values(), before):
             if child is not expected:
                 return False
     if not known.weighted:
@@ -173,35 +185,28 @@ def _holds(known: _Known) -> bool:
     for group, name, expected in known.places:
         if group.get(name) is not expected:
             return False
-    for layer, adapters in known.adapters:
-        if _adapters(layer) != adapters:
+    for read, layer, adapters in known.adapters:
+        if read(layer) != adapters:
             return False
     return not any(known.hooks) and numerics() == known.numerics
 
 
 def _sharded(groups: Sequence[dict]) -> bool:
     """Whether one of these is filled by `fully_shard` anew at each forward: the same tensors, and the same versions."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    try:
-        from torch.distributed._composable_state import _module_state_mapping
-    except ImportError:  # torch's own business, and not to be told without it
+    sharded = fsdp2_modules()
+    if sharded is None:
         return torch.distributed.is_initialized()
     asked = {id(group) for group in groups}
-    return any(
-        id(each._parameters) in asked
-        for module in reversed(list(_module_state_mapping))  # the root, which has most, comes last
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
-        for each in module.modules()
-    )
+    # The root, which has most, comes last.
+    return any(id(parameters(each)) in asked for module in reversed(sharded) for each in module.modules())
 
 
 def _place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:
     """Where the module stands in the tree of `root`: its parent's children, and its name among them."""
     for parent in root.modules():
-        for name, child in parent._modules.items():
+        for name, child in children(parent).items():
             if child is module:
-                return parent._modules, name
+                return children(parent), name
     return None
 
 
@@ -234,19 +239,11 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
-def _adapters(layer: dict) -> Hashable:
-    """What decides a LoRA layer's output besides its weights: scaling and the active, disabled and merged adapters."""
-    if "lora_strength" in layer:  # FastVideo's
-        return layer["lora_strength"], layer.get("lora_alpha"), layer.get("disable_lora"), layer.get("merged")
-    active = layer.get("_active_adapter", ())
-    return (
-        tuple((name, repr(scale)) for name, scale in layer.get("scaling", {}).items()),
-        active if isinstance(active, str) else tuple(active),
-        layer.get("_disable_adapters", False),
-        tuple(layer["merged_adapters"]),
-    )
+def _adapter_readers(layer: dict) -> list[Callable[[dict], Hashable]]:
+    """What reads the adapters of a LoRA layer, given as its `vars`; none for any other module."""
+    return [library.adapter_state for library in (fastvideo_internals, peft_internals) if library.is_adapter(layer)]
 
 
 def numerics() -> Hashable:
     """Global switches that change the bits of a matrix product; they count for sites that have weights."""
-    return torch._C._get_float32_matmul_precision(), torch._C._get_deterministic_algorithms()
+    return matmul_precision(), are_algorithms_deterministic()

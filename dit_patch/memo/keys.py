@@ -17,18 +17,27 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from ..errors import SiteError
+from ..upstream.torch_internals import (
+    StorageWeakRef,
+    asked_device,
+    count_dispatch_modes,
+    count_function_modes,
+    is_any_autocast_enabled,
+    is_capturing,
+    is_cuda_initialized,
+    is_fake_mode_active,
+    is_functorch_active,
+    raw_stream,
+    tracing_state,
+)
 
 PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 """Tensor types whose contents are what their storage holds. Others (fake, functional, quantised ...) are bypassed."""
 
 CAPTURING = "a CUDA graph is being captured"
 _SMALL = 4096  # bytes up to which a CPU tensor's content goes into the key itself
-_fake_mode = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Uncacheable(Exception):
@@ -87,7 +96,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def _identity(tensor: torch.Tensor) -> Hashable:
     refuse_autograd(tensor)
     try:
-        version = tensor._version
+        version = tensor._version  # upstream.torch_internals.tensor_version, without its call; below, storage_id
     except RuntimeError:
         raise Uncacheable("an inference tensor has no version: changes in place would go unseen") from None
     storage = tensor.untyped_storage()._cdata
@@ -209,14 +218,6 @@ class Plan:
         return parts
 
 
-_function_modes = torch._C._len_torch_function_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
-_functorch = torch._C._are_functorch_transforms_active
-_autocast = torch._C._is_any_autocast_enabled
-_cuda = torch.cuda.is_initialized
-
-
 class _AnyStream:
     """Equal to every stream."""
 
@@ -239,27 +240,22 @@ def ambient(constant: bool = False) -> Hashable:
     Raises:
         Uncacheable: where results are no numbers (fake tensors, tracing, functorch), or a CUDA graph would replay them.
     """
-    if _dispatch_modes() and torch._C._get_dispatch_mode(_fake_mode) is not None:
+    if count_dispatch_modes() and is_fake_mode_active():
         raise Uncacheable("fake tensors")
-    if _tracing() is not None:
+    if tracing_state() is not None:
         raise Uncacheable("tracing")
-    if _functorch():
+    if is_functorch_active():
         raise Uncacheable("a functorch transform")
-    if not _autocast() and not _cuda():
-        return default_device() if _function_modes() else None
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()) if _cuda() else None
-    if capturing():
+    if not is_any_autocast_enabled() and not is_cuda_initialized():
+        return default_device() if count_function_modes() else None
+    stream = raw_stream(torch.cuda.current_device()) if is_cuda_initialized() else None
+    if is_capturing():
         # A graph would replay what was found at capture, whatever is in its inputs by then.
         if not constant:
             raise Uncacheable(CAPTURING)
         stream = _ANY_STREAM  # a capture begins with all streams having ended their work
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind))
-    return autocast, stream, torch.cuda.current_device() if _cuda() else None, default_device()
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured: nothing can then be computed for later, or brought from the host."""
-    return _cuda() and torch.cuda.is_current_stream_capturing()
+    return autocast, stream, torch.cuda.current_device() if is_cuda_initialized() else None, default_device()
 
 
 def default_device() -> torch.device | None:
@@ -267,21 +263,14 @@ def default_device() -> torch.device | None:
 
     Under that, tables that are made without saying where would hold nothing: see `on_a_real_device`.
     """
-    default = _asked_for()
+    default = asked_device()
     return None if default is None or default.type in ("cpu", "meta") else default
 
 
 def on_a_real_device() -> AbstractContextManager:
     """The CPU as the default device where it is the meta device, as libraries have it while they load a model."""
-    default = _asked_for()
+    default = asked_device()
     return torch.device("cpu") if default is not None and default.type == "meta" else nullcontext()
-
-
-def _asked_for() -> torch.device | None:
-    if not _function_modes():
-        return None
-    contexts = (mode.device for mode in reversed(_get_current_function_mode_stack()) if type(mode) is DeviceContext)
-    return next(contexts, None)
 
 
 def _kinds() -> tuple[str, ...]:

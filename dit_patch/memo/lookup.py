@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..upstream.torch_internals import count_function_modes, storage_id
 from .keys import CAPTURING, PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
 from .store import Budget, Cache, Entry, map_tensors, mask_parts, tensors_in
 
-_function_modes = torch._C._len_torch_function_stack
 CHECKS = ("first", "always", "never")
 FULL = "no room beside what the last forwards used; a larger max_bytes would keep it"
 
@@ -66,7 +66,7 @@ class Memo:
         if entry is None or not entry.checked or self._always:
             return None
         for tensor, version in entry.tensors:
-            if tensor._version != version:
+            if tensor._version != version:  # upstream.torch_internals.tensor_version, without its call
                 return None
         cache.hit(entry)
         return entry
@@ -122,7 +122,7 @@ class Memo:
         reverse would fail.
         """
         start = time.perf_counter()
-        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or _function_modes():
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or count_function_modes():
             with torch.inference_mode(False), torch.no_grad(), on_a_real_device():
                 value = compute()
         else:
@@ -161,17 +161,17 @@ def _private(
         raise Uncacheable(str(error)) from None
     if any(type(tensor) not in PLAIN or tensor.is_meta or tensor.is_inference() for tensor in tensors):
         raise Uncacheable("the result is not a plain tensor")
-    shared = {tensor.untyped_storage()._cdata for tensor in sources if type(tensor) in PLAIN}
-    if any(tensor.untyped_storage()._cdata in shared for tensor in tensors):
+    shared = {storage_id(tensor) for tensor in sources if type(tensor) in PLAIN}
+    if any(storage_id(tensor) in shared for tensor in tensors):
         value = map_tensors(lambda tensor: _detached(tensor, shared), value)
         tensors = list(tensors_in(value))
-    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    counted = {tensor.untyped_storage()._cdata for tensor in stored}
+    sizes = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    counted = {storage_id(tensor) for tensor in stored}
     return value, tensors, sum(size for storage, size in sizes.items() if storage not in counted)
 
 
 def _detached(tensor: torch.Tensor, shared: set[int]) -> torch.Tensor:
-    if tensor.untyped_storage()._cdata not in shared:
+    if storage_id(tensor) not in shared:
         return tensor
     with torch.inference_mode(False), torch.no_grad():
         copy = tensor.clone()

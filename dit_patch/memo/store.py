@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..upstream.torch_internals import tensor_version
+
 LAST = 4  # forwards whose results are not given up: the passes of a step, with some to spare
 
 
@@ -27,7 +29,7 @@ class Entry:
 
     def __init__(self, value: Any, tensors: list[torch.Tensor], nbytes: int, alive: list[Callable[[], bool]]) -> None:
         self.value, self.nbytes, self.alive = value, nbytes, alive
-        self.tensors = [(tensor, tensor._version) for tensor in tensors]
+        self.tensors = [(tensor, tensor_version(tensor)) for tensor in tensors]
         self.remake = _remake(value)
         self.checked = False
         self.touched = 0
@@ -40,6 +42,7 @@ class Entry:
 
     def written(self) -> bool:
         """Whether somebody has written into a stored tensor since."""
+        # upstream.torch_internals.tensor_version, without its call
         return any(tensor._version != version for tensor, version in self.tensors)
 
     def fresh(self) -> Any:

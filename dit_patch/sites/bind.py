@@ -17,6 +17,7 @@ from ..errors import SiteError, suggest
 from ..memo.store import Budget
 from ..spec.fingerprint import fingerprint
 from ..spec.model import Site, Spec
+from ..upstream import torch_internals
 from . import layers, resolve, scope
 from .patch import Means, Patch
 from .span import Span
@@ -116,7 +117,7 @@ def _parameter(model: torch.nn.Module, path: str) -> tuple[dict, str] | None:
     """The parameter at a path without `*`, as its owner's parameters and its name among them; None if it is none."""
     place, _, name = path.rpartition(".")
     try:
-        parameters = model.get_submodule(place)._parameters
+        parameters = torch_internals.parameters(model.get_submodule(place))
     except AttributeError:
         return None
     return (parameters, name) if parameters.get(name) is not None else None

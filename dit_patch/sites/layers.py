@@ -11,13 +11,15 @@ import copy
 import functools
 import operator
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import wrapt
+
+from ..upstream import accelerate_internals, diffusers_internals
+from ..upstream.torch_internals import is_compiling_anywhere
 
 _lock = threading.RLock()
 _is_compiling = torch.compiler.is_compiling
@@ -109,8 +111,7 @@ def remove_when_freed(of: object, wrapped: Wrapped) -> weakref.finalize:
 
 
 def _remove_unless_compiling(wrapped: Wrapped) -> None:
-    # What is_compiling() says in here, where nothing is traced, is new in torch; the context is not.
-    if _is_compiling() or torch._guards.CompileContext.try_get() is not None:
+    if is_compiling_anywhere():
         remove_when_freed(_Circle(), wrapped)
     else:
         remove(wrapped)
@@ -174,18 +175,7 @@ def _slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
 
 def _saved_by_hook(module: Any, value: Any) -> tuple[Any, str] | None:
     """Where accelerate's or diffusers' hook, if `value` is one, keeps the forward that it replaced."""
-    function = value.func if isinstance(value, functools.partial) else None
-    qualname = getattr(function, "__qualname__", "")
-    if qualname.startswith("add_hook_to_module.") and "_old_forward" in vars(module):
-        return module, "_old_forward"
-    if qualname.startswith("HookRegistry.register_hook."):
-        for cell, variable in zip(function.__closure__ or (), function.__code__.co_freevars):
-            if variable == "function_reference":
-                reference = cell.cell_contents
-                # A hook with a `new_forward` of its own calls what it found; removing the hook below takes it out.
-                replaced = isinstance(getattr(reference.forward, "func", None), types.MethodType)
-                return reference, "original_forward" if replaced else "forward"
-    return None
+    return accelerate_internals.saved_forward(module, value) or diffusers_internals.saved_forward(value)
 
 
 def _hidden(wrapped: Wrapped) -> bool:

@@ -19,10 +19,11 @@ import torch
 
 from ..errors import SiteError, suggest
 from ..memo.guards import State
-from ..memo.keys import Pins, Plan, Uncacheable, ambient, capturing
+from ..memo.keys import Pins, Plan, Uncacheable, ambient
 from ..memo.lookup import Memo, same
 from ..memo.store import Budget, map_tensors
 from ..spec.model import Site
+from ..upstream.torch_internals import is_capturing
 from . import layers, scope
 from .inner_functions import Locals
 from .scope import Frame
@@ -183,7 +184,7 @@ class Patch:
             return original(*args, **kwargs)
         try:
             around = ambient(self._constant)
-            if around is not None and capturing():
+            if around is not None and is_capturing():
                 return self._in_capture(around, ordinal, original, args, kwargs, frame)
             if self._unread is not None and self._unread(frame):
                 return self._stand_in(original, args, kwargs, frame)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import SiteError, UnsupportedModelError, quote, suggest
+from ..upstream.torch_internals import children, compiled_from, is_compiled
 from .inner_functions import Locals
 
 
@@ -48,7 +49,7 @@ def _parts(target: Any) -> Mapping[str, Any]:
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside torch.compile's, DistributedDataParallel's or FSDP1's wrapper; others wrap in place."""
     while True:
-        inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+        inner = compiled_from(module)
         if inner is None and type(module).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = module.module
         if inner is None and type(module).__name__ == "FullyShardedDataParallel":
@@ -68,28 +69,19 @@ def stages(target: Any, model: torch.nn.Module) -> list[Any]:
     return list({id(stage): stage for stage in running}.values())
 
 
-def compiled(module: torch.nn.Module) -> bool:
-    """Whether calls of the module run compiled code."""
-    own = module.__dict__
-    if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
-        return True
-    # FastVideo replaces the forwards of blocks.
-    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
-
-
 def compiled_in(target: Any, model: torch.nn.Module) -> bool:
     """Whether `target`, a pipeline or a module, calls `model` as compiled code."""
     parts = [part for part in _parts(target).values() if isinstance(part, torch.nn.Module)]
     around = [part for part in parts if any(each is model for each in part.modules())]
-    return any(map(compiled, (model, *around)))
+    return any(map(is_compiled, (model, *around)))
 
 
 def compiled_along(model: torch.nn.Module, path: str) -> bool:
     """Whether the submodule at `path`, or one on the way to it, runs compiled code or is gone."""
     module = model
     for step in path.split("."):
-        module = module.__dict__["_modules"].get(step)
-        if module is None or compiled(module):
+        module = children(module).get(step)
+        if module is None or is_compiled(module):
             return True
     return False
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..upstream.torch_internals import drop_forward_hooks, forward_pre_hooks
+
 _current: ContextVar[Frame | None] = ContextVar("dit_patch_frame", default=None)
 _is_compiling = torch.compiler.is_compiling
 
@@ -148,7 +150,7 @@ class Scope:
 
 def scope_of(model: torch.nn.Module) -> Scope | None:
     """The scope that watches `model`, read from the model's own hooks."""
-    for hook in model._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(model).values():
         if isinstance(hook, Hook) and isinstance(hook.owner, Scope):
             return hook.owner
     return None
@@ -168,9 +170,4 @@ def takes_any(model: torch.nn.Module) -> bool:
 
 def forget_copies(model: torch.nn.Module) -> None:
     """Drop what `Hook` has become in a copied or unpickled model."""
-    for kind in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = getattr(model, kind)
-        for number, hook in list(hooks.items()):
-            if type(getattr(hook, "__self__", None)) is contextlib.nullcontext:
-                for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
-                    getattr(model, name, {}).pop(number, None)
+    drop_forward_hooks(model, lambda hook: type(getattr(hook, "__self__", None)) is contextlib.nullcontext)

@@ -13,13 +13,14 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
 from ..errors import SiteError, suggest
-from ..memo.keys import Argument, Pins, Uncacheable, ambient, capturing
+from ..memo.keys import Argument, Pins, Uncacheable, ambient
 from ..memo.lookup import Memo
 from ..memo.store import Budget, Entry
 from ..spec.model import Site
+from ..upstream.torch_internals import is_capturing, leave_function_mode
 from . import scope
 from .resolve import compiled_along
 
@@ -121,17 +122,10 @@ class _Watch(TorchFunctionMode):
         self.given = [value for value in listed if isinstance(value, torch.Tensor)]
         self.known = {id(tensor): tensor for tensor in self.given}
         self.made: dict[int, Entry] = {}
-        self.capturing = capturing()
+        self.capturing = is_capturing()
 
     def finish(self) -> None:
-        # After an interrupt, modes of others may be above this one, which `__exit__` would take for it.
-        above = []
-        while (mode := _get_current_function_mode()) not in (self, None):
-            above.append(_pop_mode())
-        if mode is self:
-            _pop_mode()
-        for each in reversed(above):
-            _push_mode(each)
+        leave_function_mode(self)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StepCacheError
+from ..upstream.torch_internals import children
 from . import ranks
 from .config import StepCache
 
@@ -42,7 +43,7 @@ class Gates:
         self.manager = CachedContextManager(name=where, persistent_context=True)
         with _silent("cache_dit.caching.cache_blocks.pattern_base"):  # that the spec is taken at its word
             self._helper = CachedBlocks(
-                owner._modules[name],
+                children(owner)[name],
                 transformer=owner,
                 forward_pattern=self.pattern,
                 check_forward_pattern=False,
@@ -60,7 +61,7 @@ class Gates:
 
     @property
     def blocks(self) -> torch.nn.ModuleList:
-        return self.owner._modules[self.name]
+        return children(self.owner)[self.name]
 
     def begin(self, config: Any, calibrator: Any, groups: Sequence[Any] = ()) -> None:
         """Forget every pass; from now on decide by this `DBCacheConfig` and calibrator's configuration.
@@ -162,7 +163,7 @@ class _Loop(torch.nn.ModuleList):
         self.__dict__["_pass"] = _Pass(gates, len(real))
 
     def __iter__(self) -> Iterator[Any]:
-        return (_Gate(self._pass, number, block) for number, block in enumerate(self._modules.values()))
+        return (_Gate(self._pass, number, block) for number, block in enumerate(children(self).values()))
 
     def __getitem__(self, index: int | slice) -> Any:
         return list(self)[index]

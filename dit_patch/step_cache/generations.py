@@ -16,6 +16,8 @@ import torch
 
 from ..sites import layers, resolve
 from ..sites.scope import Frame
+from ..upstream.diffusers_internals import RESET_STATE
+from ..upstream.torch_internals import tensor_version
 
 
 class Loops:
@@ -46,7 +48,7 @@ class Loops:
             self._listen(stage, "forward", self._stage)
         if target is not model:
             self._listen(target, "maybe_free_model_hooks", self._after)
-        self._listen(model, "_reset_stateful_cache", self._after)
+        self._listen(model, RESET_STATE, self._after)
         self.heard = any(layer._self_home[1] == "progress_bar" for layer in self._layers)
         """Whether there is somebody who says when a loop begins."""
 
@@ -157,7 +159,7 @@ class Passes:
         if not isinstance(timestep, torch.Tensor) or not isinstance(latents, torch.Tensor):
             return self._name or "pass 1", False
         given = (timestep, latents)
-        versions = tuple(0 if each.is_inference() else each._version for each in given)
+        versions = tuple(0 if each.is_inference() else tensor_version(each) for each in given)
         unchanged = versions == self._versions and all(map(operator.is_, given, self._given))
         began, same = False, unchanged
         if not unchanged:

@@ -13,6 +13,7 @@ from packaging.version import Version
 from ..errors import StepCacheError
 from ..sites import resolve
 from ..spec.model import Spec
+from ..upstream import diffusers_internals, fastvideo_internals
 
 OLDEST, NEXT = "1.5.3", "1.6"
 """The first cache-dit that this was checked with (before, max_continuous counts otherwise), and the first not."""
@@ -78,25 +79,14 @@ def _problems(model: torch.nn.Module, target: Any, blocks: list[torch.nn.ModuleL
             "Compile its blocks instead: model.compile_repeated_blocks().",
         )
     if getattr(model, "is_cache_enabled", False):
-        config = type(getattr(model, "_cache_config", None)).__name__
+        config = diffusers_internals.cache_config_name(model)
         yield f"diffusers' own caching is on ({config})", "Call its disable_cache() first, or leave out step_cache."
     if "_is_cached" in vars(model) or "_context_manager" in vars(model):
         yield "cache-dit is on already", "Call cache_dit.disable_cache(...) first, or leave out step_cache."
-    if any(_prefetches(block) for each in blocks for block in each):
+    libraries = (diffusers_internals, fastvideo_internals)
+    if any(library.prefetches(block) for library in libraries for each in blocks for block in each):
         yield (
             "its blocks are offloaded with prefetching, which counts on each block to bring in the next",
             "Use group offloading with use_stream=False, or enable_model_cpu_offload(); in FastVideo, "
             "dit_layerwise_offload=False.",
         )
-
-
-def _prefetches(block: torch.nn.Module) -> bool:
-    theirs = getattr(getattr(block, "_hook_manager", None), "forward_hooks", {})
-    if "LayerwiseOffloadHook" in theirs:  # FastVideo's
-        return True
-    for module in block.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in getattr(registry, "hooks", {}).values():
-            if getattr(getattr(hook, "group", None), "stream", None) is not None:
-                return True
-    return False

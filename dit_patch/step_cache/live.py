@@ -20,6 +20,7 @@ from ..memo.store import tensors_in
 from ..sites import layers, resolve, scope
 from ..sites.scope import Frame
 from ..spec.model import Spec
+from ..upstream.torch_internals import children, is_capturing
 from . import guards, ranks
 from .config import MASKS, StepCache
 from .gates import Gates
@@ -150,13 +151,13 @@ class Stepping:
     def _block_list(self, path: str) -> tuple[torch.nn.Module, str]:
         place, _, name = path.rpartition(".")
         owner = resolve.submodules(self.model, place, f"{self.spec.name}: blocks")[0]
-        if not isinstance(owner._modules.get(name), torch.nn.ModuleList):
+        if not isinstance(children(owner).get(name), torch.nn.ModuleList):
             raise StepCacheError(f"{self.spec.name}: blocks: {self.what} has no list of blocks `{path}`")
         return owner, name
 
     def _forward(self, original, instance, args, kwargs):
         self._unseen -= 1  # until it ends
-        if _capturing():
+        if is_capturing():
             self.notes["left alone while a CUDA graph is captured: a decision waits for the device"] = None
             return original(*args, **kwargs)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -201,11 +202,11 @@ class Stepping:
         real = [gates.blocks for gates in self.gates]
         try:
             for gates in self.gates:
-                gates.owner._modules[gates.name] = gates.enter(label)
+                children(gates.owner)[gates.name] = gates.enter(label)
             return original(*args, **kwargs)
         finally:
             for gates, blocks in zip(self.gates, real):
-                gates.owner._modules[gates.name] = blocks
+                children(gates.owner)[gates.name] = blocks
 
     def _proved(self, label: str, original: Any, args: tuple, kwargs: dict) -> Any:
         """The first forward, of which nothing can be cached, held to the model's own."""
@@ -336,10 +337,6 @@ class Stepping:
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"dit_patch: step cache of {self.what}: {message}", stacklevel=2)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _held(part: Any, seen: set[int] | None = None) -> int:

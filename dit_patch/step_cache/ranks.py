@@ -6,11 +6,12 @@ leave it out. Ranks that merely generate at the same time, each with a model of 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from ..upstream import diffusers_internals, fastvideo_internals
 
 
 def groups(model: torch.nn.Module) -> list[Any]:
@@ -22,7 +23,7 @@ def groups(model: torch.nn.Module) -> list[Any]:
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
-    found = (*_of_diffusers(model), *_of_fastvideo(model), *_of_weights(model))
+    found = (*_of_diffusers(model), *fastvideo_internals.parallel_groups(model), *_of_weights(model))
     return [group for group in dict.fromkeys(found) if torch.distributed.get_world_size(group) > 1]
 
 
@@ -36,26 +37,11 @@ def average(group: list[Any], values: torch.Tensor) -> torch.Tensor:
 
 
 def _of_diffusers(model: torch.nn.Module) -> Iterator[Any]:
-    config = getattr(model, "_parallel_config", None)
-    if config is None:
+    if diffusers_internals.is_parallel(model):
+        yield from diffusers_internals.parallel_groups(model)
+    elif getattr(model, "_is_parallelized", False):
         # cache-dit's own parallelism says no more than that there is one.
-        if getattr(model, "_is_parallelized", False):
-            yield torch.distributed.group.WORLD
-        return
-    context = getattr(config, "context_parallel_config", None)
-    tensor = getattr(config, "tensor_parallel_config", None)
-    if context is not None:
-        yield context._flattened_mesh.get_group()
-    if tensor is not None:
-        yield from _of_mesh(tensor._mesh)
-
-
-def _of_fastvideo(model: torch.nn.Module) -> Iterator[Any]:
-    state = sys.modules.get("fastvideo.distributed.parallel_state")
-    ours = any(base.__module__.partition(".")[0] == "fastvideo" for base in type(model).__mro__)
-    if state is not None and ours and state.model_parallel_is_initialized():
-        yield state.get_sp_group().device_group
-        yield state.get_tp_group().device_group
+        yield torch.distributed.group.WORLD
 
 
 def _of_weights(model: torch.nn.Module) -> Iterator[Any]:
@@ -66,8 +52,3 @@ def _of_weights(model: torch.nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             yield module.process_group
-
-
-def _of_mesh(mesh: Any) -> Iterator[Any]:
-    for dimension in range(mesh.ndim):
-        yield mesh.get_group(dimension)

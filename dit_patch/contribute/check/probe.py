@@ -24,6 +24,7 @@ from ...sites.patch import Patch
 from ...sites.scope import Scope
 from ...spec import mini
 from ...spec.model import Case, Spec
+from ...upstream.torch_internals import parameters
 
 FACETS = ("shape", "dtype", "device", "identity", "values")
 METADATA = ("shape", "dtype", "device")
@@ -192,7 +193,7 @@ def uncounted(
         if any(True for _ in _tensors(value)):
             look({**arguments, name: map_tensors(_another, value)}, f"model.{name}")
     for path, holder in list(model.named_modules()):
-        own = {name: each for name, each in holder._parameters.items() if each is not None}
+        own = {name: each for name, each in parameters(holder).items() if each is not None}
         # What the model holds itself has no module to be named by.
         groups = {name: [each] for name, each in own.items()} if not path else {path: [*own.values()]} if own else {}
         for cause, weights in groups.items():

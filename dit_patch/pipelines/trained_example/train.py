@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
+from ...upstream.diffusers_internals import t5_embeddings
+from ...upstream.torch_internals import average_into, copy_into
 from ..tiny_pipelines import t5_tokenizer, umt5_encoder
 from . import COLOURS, DIRECTIONS, FRAMES, HERE, PROMPTS, SHAPES, SIZE, TEXT_TOKENS, PixelVAE
 from . import pipeline as shipped
@@ -104,17 +106,17 @@ def train(pipeline: WanPipeline, steps: int, seed: int, rate: float = 1.5e-3) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         keep = min(KEEP, (step + 1) / (step + 10))
-        torch._foreach_lerp_(averaged, [each.detach() for each in model.parameters()], 1 - keep)
+        average_into(averaged, (each.detach() for each in model.parameters()), 1 - keep)
         if step % 50 == 0:
             print(f"step {step}  {time.monotonic() - start:.0f} s  loss {loss.item():.4f}", flush=True)
     with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), averaged)
+        copy_into(model.parameters(), averaged)
     model.eval()
 
 
 def _embeds(pipeline: WanPipeline, prompts: list[str]) -> torch.Tensor:
     with torch.no_grad():
-        return pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=TEXT_TOKENS)
+        return t5_embeddings(pipeline, prompts, TEXT_TOKENS)
 
 
 def main() -> None:

@@ -1,0 +1,89 @@
+"""What dit_patch knows of diffusers beyond its documented interface; diffusers itself is not imported.
+
+Seen in diffusers 0.42, if a fact says nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+RESET_STATE = "_reset_stateful_cache"
+"""The method of a model that pipelines call when a generation is over: there is no public sign of that on the model."""
+
+
+def saved_forward(forward: Any) -> tuple[Any, str] | None:
+    """Return where a diffusers hook keeps the forward that it replaced, as (holder, attribute); None if it is no hook.
+
+    `HookRegistry.register_hook` makes a function that calls what its closure's `function_reference` holds: `forward`,
+    or `original_forward` if the hook has a `new_forward` of its own, which calls what it found when it was added. A
+    layer of ours goes there: above the hook it would see weights that are still offloaded, and removing the hook would
+    drop it.
+
+    Where diffusers keeps the forward elsewhere, layers go above its hooks.
+    """
+    function = forward.func if isinstance(forward, functools.partial) else None
+    if not getattr(function, "__qualname__", "").startswith("HookRegistry.register_hook."):
+        return None
+    for cell, variable in zip(function.__closure__ or (), function.__code__.co_freevars):
+        if variable == "function_reference":
+            reference = cell.cell_contents
+            # A hook with a `new_forward` of its own calls what it found; removing the hook below takes it out.
+            replaced = isinstance(getattr(reference.forward, "func", None), types.MethodType)
+            return reference, "original_forward" if replaced else "forward"
+    return None
+
+
+def prefetches(module: torch.nn.Module) -> bool:
+    """Return whether the module or one below is group-offloaded with a stream, and so brings in the next one's weights.
+
+    The hooks stand in the registry `_diffusers_hook`, their `group` has the `stream`. A block that is skipped would not
+    bring in the next one, which then computes with weights that are not there. False where the names are gone.
+    """
+    for each in module.modules():
+        registry = getattr(each, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}).values():
+            if getattr(getattr(hook, "group", None), "stream", None) is not None:
+                return True
+    return False
+
+
+def cache_config_name(model: torch.nn.Module) -> str:
+    """Return the class of the configuration that `enable_cache` was called with, which is in `_cache_config` alone.
+
+    "NoneType" where the name is gone; it only words a message.
+    """
+    return type(getattr(model, "_cache_config", None)).__name__
+
+
+def is_parallel(model: torch.nn.Module) -> bool:
+    """Return whether `enable_parallelism` was called on the model: it has a `_parallel_config`.
+
+    False where the name is gone.
+    """
+    return getattr(model, "_parallel_config", None) is not None
+
+
+def parallel_groups(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield the process groups that compute the model together, by context or tensor parallelism.
+
+    Ranks that wait for each other inside a block have to skip the same blocks. The meshes are in the configurations'
+    `_flattened_mesh` (ring and ulysses together) and `_mesh`; their public fields have only sizes.
+    """
+    config = getattr(model, "_parallel_config", None)
+    context = getattr(config, "context_parallel_config", None)
+    tensor = getattr(config, "tensor_parallel_config", None)
+    if context is not None:
+        yield context._flattened_mesh.get_group()
+    if tensor is not None:
+        for dimension in range(tensor._mesh.ndim):
+            yield tensor._mesh.get_group(dimension)
+
+
+def t5_embeddings(pipeline: Any, prompts: list[str], length: int) -> torch.Tensor:
+    """Return a Wan pipeline's embeddings of prompts: `_get_t5_prompt_embeds`, what `encode_prompt` does without CFG."""
+    return pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length)
