@@ -9,7 +9,7 @@ from dit_patch.contribute.new import guess
 from dit_patch.contribute.new.draft import draft, model_class
 from dit_patch.contribute.new.write import text
 from dit_patch.errors import DitPatchError
-from dit_patch.spec.model import loads
+from dit_patch.spec.loading import loads
 from dit_patch.spec.registry import Registry
 
 pytest.importorskip("diffusers")

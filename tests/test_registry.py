@@ -6,7 +6,7 @@ import weakref
 import pytest
 
 from dit_patch.errors import SpecError
-from dit_patch.spec.model import load
+from dit_patch.spec.loading import load
 from dit_patch.spec.registry import BUNDLED, Registry
 
 TOY = "model: {model}\nsites:\n  - {{at: rope.forward, kind: rope}}\n"

@@ -13,7 +13,10 @@ from pydantic import ValidationError
 
 from dit_patch.errors import SpecError
 from dit_patch.spec import yaml_reader
-from dit_patch.spec.model import Input, Mini, Site, Spec, extend, json_schema, load, loads
+from dit_patch.spec.json_schema import json_schema
+from dit_patch.spec.loading import load, loads
+from dit_patch.spec.model import Site, Spec, extend
+from dit_patch.spec.recipe import Input, Mini
 
 FULL = """\
 model: diffusers.models.transformers.transformer_wan.WanTransformer3DModel
@@ -97,8 +100,8 @@ class TestReading:
 
     def test_a_site_knows_the_line_that_declares_it(self):
         spec = loads(FULL, file="specs/wan.yaml", name="wan")
-        assert [site.origin for site in spec.sites[:2]] == ["specs/wan.yaml:8", "specs/wan.yaml:11"]
-        assert spec.where("extends") == "specs/wan.yaml:2:10"
+        assert [spec.origin.sites[site.at] for site in spec.sites[:2]] == ["specs/wan.yaml:8", "specs/wan.yaml:11"]
+        assert spec.position("extends") == "specs/wan.yaml:2:10"
 
     def test_a_span_has_a_start_and_an_end_and_a_call_has_neither(self):
         call, *_, span = loads(FULL).sites
@@ -129,7 +132,7 @@ class TestReading:
         with pytest.raises(ValidationError):
             spec.sites[0].kind = "mask"
         copy = pickle.loads(pickle.dumps(spec))
-        assert copy == spec and copy.name == "wan" and copy.sites[0].origin == spec.sites[0].origin
+        assert copy == spec and copy.name == "wan" and copy.origin == spec.origin
 
     def test_words_that_yaml_1_1_takes_for_booleans_stay_words(self):
         spec = loads(with_mini(inputs={"on": {"shape": ["no"]}}, sizes=[{"no": 2}]).replace('"', ""))
@@ -145,7 +148,8 @@ class TestReading:
     def test_reading_a_spec_imports_no_torch(self):
         code = (
             "import sys\n"
-            "import dit_patch.spec.registry as r, dit_patch.spec.model as s; s.json_schema(); r.Registry().names()\n"
+            "import dit_patch.spec.registry as r, dit_patch.spec.json_schema as s\n"
+            "s.json_schema(), r.Registry().names()\n"
             "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -589,7 +593,7 @@ class TestExtending:
         spec = self.extended("sites: [{at: c.f, kind: mask}, {at: a.f, kind: mask}]\nblocks: [{at: more, pattern: 1}]")
         assert [(site.at, site.kind) for site in spec.sites] == [("a.f", "mask"), ("b.f", "rope"), ("c.f", "mask")]
         assert [blocks.at for blocks in spec.blocks] == ["blocks", "more"]
-        assert [site.origin for site in spec.sites] == ["own.yaml:2", "base.yaml:5", "own.yaml:2"]
+        assert [spec.origin.sites[site.at] for site in spec.sites] == ["own.yaml:2", "base.yaml:5", "own.yaml:2"]
 
     def test_requirements_add_up_and_the_model_and_mini_are_its_own(self):
         spec = self.extended("extends: base\nrequires: [y>=2, x>=1]")

@@ -16,9 +16,10 @@ from conftest import asked_for, skip_unless_installed
 import dit_patch
 from dit_patch import UnsupportedModelError, cli
 from dit_patch.contribute import verify
+from dit_patch.errors import SpecError
 from dit_patch.sites.layers import Wrapped
 from dit_patch.spec import mini
-from dit_patch.spec.model import SpecError, loads
+from dit_patch.spec.loading import loads
 from dit_patch.spec.registry import Registry
 
 transformers = pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ from simulated_accelerator import DEVICE, Accelerator, Counts, to_accelerator
 import dit_patch
 from dit_patch.contribute import verify
 from dit_patch.spec import mini
-from dit_patch.spec.model import Case
+from dit_patch.spec.recipe import Case
 from dit_patch.spec.registry import Registry
 
 ACTION_BLOCKS = list(range(15))

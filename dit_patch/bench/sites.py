@@ -26,7 +26,8 @@ from ..handle import apply
 from ..memo.store import map_tensors
 from ..sites import layers, resolve, scope
 from ..spec import mini
-from ..spec.model import Case, Site, Spec
+from ..spec.model import Site, Spec
+from ..spec.recipe import Case
 from ..spec.registry import Registry
 from ..upstream.torch_internals import TorchDispatchMode
 

@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..spec.model import json_schema
+    from ..spec.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
     return 0

@@ -44,7 +44,7 @@ def live(
     Raises:
         SiteError: where the spec names something that is not there.
     """
-    where = spec.called(site)
+    where = spec.label(site)
     strange = resolve.own_forward(model, spec.classes)
     if strange and _counts_on_the_forward(site):
         return [], f"left alone: it counts on the forward that {type(model).__name__} replaces"

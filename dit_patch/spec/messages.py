@@ -15,13 +15,13 @@ from .yaml_reader import Document, Loc, Position
 
 
 def is_echo(error: ErrorDetails) -> bool:
-    """pydantic calls a list too short when all that it holds is wrong, next to saying so of each."""
+    """Return whether the error only follows from others: a list is "too short" when all that it holds is wrong."""
     return error["type"] == "too_short" and bool(error["input"])
 
 
 def in_words(error: ErrorDetails, document: Document, root: type[BaseModel]) -> tuple[Position, str]:
-    """Where in the document one of `root`'s complaints is to be mended, and what it says."""
-    loc = document.written(error["loc"])
+    """Return where in the document an error of `root` is to be mended, and the sentence that says so."""
+    loc = document.existing_part(error["loc"])
     place = document.places[loc]
     about_key = error["loc"][-1:] == ("[key]",) or error["type"] == "extra_forbidden"
     position = place.key if about_key and place.key else place.start
@@ -33,12 +33,12 @@ def in_words(error: ErrorDetails, document: Document, root: type[BaseModel]) -> 
 
 
 def dotted(loc: Loc) -> str:
-    """A path as messages write it."""
+    """Return a path in the data as messages write it: `sites.1.key`."""
     return quote(".".join(map(str, loc)), limit=120)[1:-1]
 
 
 def shown(given: Any, text: str | None = None) -> str:
-    """What was given instead, in the user's own `text` where that is known."""
+    """Return what was given instead, in the user's own `text` where that is known."""
     if given is None:
         return "nothing"
     if isinstance(given, (list, tuple)):
@@ -51,12 +51,12 @@ def shown(given: Any, text: str | None = None) -> str:
 
 
 def one_of(words: Sequence[str]) -> str:
-    """The words that there are to choose from."""
+    """Return a list of choices in words: `one of a, b`."""
     return f"one of {', '.join(words)}" if len(words) > 1 else f"`{words[0]}`"
 
 
 def _part_at(loc: Loc, root: type[BaseModel]) -> type[BaseModel]:
-    """The model that declares what stands at a path such as `("mini", "inputs", "timestep")`."""
+    """Return the pydantic model that declares what is at a path such as `("mini", "inputs", "timestep")`."""
     part = root
     steps = iter(loc)
     for step in steps:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..memo.store import map_tensors
-from .model import Case, Input, Spec
+from .model import Spec
+from .recipe import Case, Input
 
 PASSES = ("cond", "uncond")
 

@@ -5,16 +5,14 @@ whether an address exists, and what is done there, is for others to find out. Ma
 hold, stay plain dicts and lists for the models' sake, to be read and not written to.
 """
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
-from typing_extensions import Self
+from pydantic import AfterValidator, ConfigDict, Field, PrivateAttr
 
 from ..errors import SpecError, quote, suggest
+from .declared import Complaint, Declared
 from .field_types import (
     Address,
     AttributePath,
@@ -22,79 +20,24 @@ from .field_types import (
     Count,
     Dependency,
     Dtype,
-    Facet,
     Facets,
-    Fill,
     Flag,
     Function,
     Identifier,
     KeyName,
     Kind,
     ModelArgument,
-    ModuleName,
-    Renewal,
     Requirement,
-    Size,
     Sources,
     SpecName,
     SubmodulePath,
     no_repeats,
 )
-from .messages import dotted, in_words, is_echo
-from .yaml_reader import Document, Loc, Position, parse, read_file
-
-__all__ = [
-    "Blocks",
-    "Case",
-    "Facet",
-    "Input",
-    "Kind",
-    "Mini",
-    "Site",
-    "Spec",
-    "StepCacheRule",
-    "extend",
-    "json_schema",
-    "load",
-    "loads",
-]
-
-MAX_COMPLAINTS = 50
-OWN_CODE = ("dit_patch.functions.", "dit_patch.hosts.")
-
-Complaint = tuple[Loc, str]
+from .origin import Origin
+from .recipe import Case, Mini, merged, unbound
 
 
-class _Declared(BaseModel):
-    """What every part of a spec is: frozen, closed to unknown keys, and able to break several rules at once."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _keep_the_rules(self) -> Self:
-        complaints = [*self._empty(), *self._broken_rules()]
-        if complaints:
-            raise ValidationError.from_exception_data(type(self).__name__, [_line(*each) for each in complaints])
-        return self
-
-    def _empty(self) -> Iterator[Complaint]:
-        for name in sorted(self.model_fields_set - {"value"}):
-            if getattr(self, name) is None:
-                yield (name,), "is empty; give it a value or leave the key out"
-
-    def _broken_rules(self) -> Iterator[Complaint]:
-        """Each rule across several keys that this part breaks, with where in it."""
-        yield from ()
-
-    def _given(self, *names: str) -> list[str]:
-        return [name for name in names if name in self.model_fields_set]
-
-
-def _line(loc: Loc, message: str) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError("rule", "{text}", {"text": message}), loc=loc, input=None)
-
-
-class Blocks(_Declared):
+class Blocks(Declared):
     """A list of transformer blocks, for the step cache."""
 
     at: SubmodulePath = Field(description="Path of the module list that holds the blocks, such as `blocks`.")
@@ -103,7 +46,7 @@ class Blocks(_Declared):
     )
 
 
-class StepCacheRule(_Declared):
+class StepCacheRule(Declared):
     """What step caching has to know about this model."""
 
     model_config = ConfigDict(json_schema_extra={"dependentRequired": {"reason": ["supported"]}})
@@ -123,7 +66,7 @@ class StepCacheRule(_Declared):
             yield ("min_steps",), "says nothing next to `supported: false`"
 
 
-class Site(_Declared):
+class Site(Declared):
     """One call inside the model's forward whose result depends on less than what it is computed from each time."""
 
     model_config = ConfigDict(json_schema_extra={"dependentRequired": {"use": ["source"], "source": ["use"]}})
@@ -183,16 +126,9 @@ class Site(_Declared):
         description="Arguments to take from the model's own call, `{name: model.name}`; only if fixes are asked for.",
     )
 
-    _origin: str = PrivateAttr(default="")
-
-    @property
-    def origin(self) -> str:
-        """The file and line that declare this site, "" where it was not read from text."""
-        return self._origin
-
     @property
     def is_span(self) -> bool:
-        """Whether this is code between two submodules rather than something that is called."""
+        """Whether the site is code between two submodules rather than something that is called."""
         return ".." in self.at
 
     @property
@@ -241,119 +177,7 @@ class Site(_Declared):
                 yield ("key", name), "a span may know an argument only by `[identity]`"
 
 
-class Input(_Declared):
-    """How to make one argument of the model's forward: a tensor of a shape, a list of such, or a plain value."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"oneOf": [{"required": ["shape"]}, {"required": ["items"]}, {"required": ["value"]}]}
-    )
-
-    shape: tuple[Size, ...] | None = Field(
-        default=None,
-        description="A tensor of this shape: sizes, or names that `sizes` binds or that are whole numbers in `config`.",
-    )
-    items: tuple["Input", ...] = Field(default=(), min_length=1, description="A list of these.")
-    value: Any = Field(default=None, description="This very value, for an argument that is no tensor.")
-    fill: Fill = Field(default="randn", description="What the tensor is filled with; a number fills it everywhere.")
-    new: Renewal = Field(
-        default="generation",
-        description="How often a pipeline makes a new tensor: once in a generation, pass, step or call.",
-    )
-    dtype: Literal["model", Dtype] = Field(
-        default="model", description="The tensor's dtype; `model` is the model's own."
-    )
-
-    @property
-    def is_value(self) -> bool:
-        """Whether this is a plain value (which may be None) rather than a tensor to be made."""
-        return "value" in self.model_fields_set
-
-    def _broken_rules(self) -> Iterator[Complaint]:
-        kinds = self._given("shape", "items", "value")
-        if len(kinds) > 1:
-            yield (kinds[-1],), f"an input has a `{kinds[0]}` or a `{kinds[-1]}`, not both"
-        elif self.is_value:
-            for name in self._given("fill", "new", "dtype"):
-                yield (name,), "goes only with `shape`"
-        elif self.items:
-            for name in self._given("fill", "dtype"):
-                yield (name,), "goes only with `shape`; each item has its own"
-            for index, item in enumerate(self.items):
-                for name in item._given("new"):
-                    yield ("items", index, name), "goes with the whole list, not with one of its items"
-        elif self.shape is None:
-            yield (), "an input needs a `shape` (a tensor), `items` (a list of them) or a `value`"
-
-    def symbols(self) -> Iterator[tuple[Loc, str | int]]:
-        """The sizes and names in its shape and those of its items, with where they stand in it."""
-        for index, symbol in enumerate(self.shape or ()):
-            yield ("shape", index), symbol
-        for index, item in enumerate(self.items):
-            for loc, symbol in item.symbols():
-                yield ("items", index, *loc), symbol
-
-
-class Case(_Declared):
-    """A model's config with inputs to call it with, complete or as the difference from another."""
-
-    config: Mapping[str, Any] = Field(default={}, description="What the model's class is built with.")
-    sizes: tuple[Mapping[Identifier, Count], ...] = Field(
-        default=(), min_length=1, description="What the names in shapes stand for, one mapping for each size to try."
-    )
-    inputs: Mapping[Identifier, Input | None] = Field(
-        default={}, description="The arguments of the model's forward; null leaves one out."
-    )
-    whole: Flag = Field(default=False, description="In `bench`: small enough to measure whole forwards of, too.")
-    rollout: Function | None = Field(
-        default=None,
-        description="Instead of `inputs`, where forwards depend on each other (through a KV cache): a function that "
-        "makes the arguments of each forward of a generation, `package.module:name`.",
-    )
-
-    def names(self, size: Mapping[str, int]) -> dict[str, int]:
-        """What names in shapes stand for in one of the sizes."""
-        return {**_numbers(self.config), **size}
-
-    def _broken_rules(self) -> Iterator[Complaint]:
-        if self.rollout and self.inputs:
-            yield ("rollout",), "makes the arguments itself; `inputs` does not go with it"
-
-
-class Mini(Case):
-    """A model tiny enough to build with random weights and run anywhere, and its variants."""
-
-    host: ModuleName | None = Field(
-        default=None,
-        description="A module whose `prepare()` and `build(cls, config)` know what the model's library needs.",
-    )
-    config: Mapping[str, Any] = Field(description="What the model's class is built with.")
-    sizes: tuple[Mapping[Identifier, Count], ...] = Field(
-        min_length=1, description="What the names in shapes stand for, one mapping for each size to try."
-    )
-    inputs: Mapping[Identifier, Input] = Field(default={}, description="The arguments of the model's forward.")
-    variants: Mapping[str, Case] = Field(
-        default={}, description="Other ways to build and call the model, each merged over what stands above."
-    )
-
-    def case(self, variant: str | None = None) -> Case:
-        """The mini model itself, or one of its variants in full; a copy, to be handed on to the model as it is."""
-        if variant is None:
-            return _merged(self, Case())
-        if variant not in self.variants:
-            known = ", ".join(self.variants) or "none"
-            raise SpecError(f"no variant {quote(variant)}{suggest(variant, self.variants) or '.'} Known: {known}.")
-        return _merged(self, self.variants[variant])
-
-    def _broken_rules(self) -> Iterator[Complaint]:
-        yield from super()._broken_rules()
-        if not self.inputs and not self.rollout:
-            yield (), "needs `inputs` (or a `rollout`): what to call the model with"
-        yield from _unbound((), self, self)
-        for name, variant in self.variants.items():
-            yield from _unbound(("variants", name), variant, self)
-
-
-class Spec(_Declared):
+class Spec(Declared):
     """One YAML file: a model's sites and blocks, and how to build a small one to verify them with."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["models"]}]})
@@ -393,49 +217,60 @@ class Spec(_Declared):
         default={}, description="Real sizes for `dit-patch bench`, each merged over `mini`."
     )
 
-    _name: str = PrivateAttr(default="")
-    _path: Path | None = PrivateAttr(default=None)
-    _trusted: bool = PrivateAttr(default=False)
-    _starts: dict[Loc, str] = PrivateAttr(default_factory=dict)
+    _origin: Origin = PrivateAttr(default=Origin())
+
+    def model_post_init(self, context: Any) -> None:
+        """Take the spec's origin, if it is read from text, which then is the context of the validation."""
+        if isinstance(context, Origin):
+            self._origin = context
+
+    @property
+    def origin(self) -> Origin:
+        """What the spec is called, and the text that declares it."""
+        return self._origin
 
     @property
     def name(self) -> str:
-        """How the spec is called, such as "diffusers/wan"."""
-        return self._name
+        """The spec's name, such as "diffusers/wan"."""
+        return self._origin.name
 
     @property
     def path(self) -> Path | None:
-        """The file that it was read from."""
-        return self._path
+        """The file that the spec was read from."""
+        return self._origin.path
 
     @property
     def trusted(self) -> bool:
-        """Whether its `use:` may name functions outside dit_patch."""
-        return self._trusted
+        """Whether `use:` may name functions outside dit_patch."""
+        return self._origin.trusted
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The dotted names of the classes that it is for."""
+        """The dotted names of the classes that the spec is for."""
         return self.models or ((self.model,) if self.model else ())
 
     def is_wanted(self, names: Collection[str] | None) -> bool:
-        """Whether it is taken up where specs of these names are asked for, or where none is named."""
+        """Return whether the spec is taken up where specs of these names are asked for, or none is named."""
         return self.name in names if names else self.off_by_default is None
 
-    def where(self, key: str) -> str:
-        """The file:line:column of a top-level key, for messages; the spec's name where it was not read from text."""
-        return self._starts.get((key,), self._name)
+    def position(self, key: str) -> str:
+        """Return the file:line:column of a top-level key; the spec's name where it was not read from text."""
+        return self._origin.keys.get(key, self.name)
 
-    def called(self, site: Site) -> str:
-        """How messages call one of its sites: `diffusers/wan: rope.forward (specs/diffusers/wan.yaml:9)`."""
-        return f"{self.name}: {site.at} ({site.origin})"
+    def label(self, site: Site) -> str:
+        """Return how messages call one of the sites: `diffusers/wan: rope.forward (specs/diffusers/wan.yaml:9)`."""
+        return f"{self.name}: {site.at} ({self._origin.sites.get(site.at, '')})"
 
     def bench_case(self, name: str) -> Case:
-        """One of the real sizes in full; a copy, to be handed on to the model as it is."""
+        """Return one of the real sizes in full, as a copy that may be handed on to the model.
+
+        Raises:
+            SpecError: there is none of that name; the message names those that there are.
+        """
         if name not in self.bench or self.mini is None:
             known = ", ".join(self.bench) or "none"
             raise SpecError(f"{self.name} has no bench {quote(name)}{suggest(name, self.bench) or '.'} Known: {known}.")
-        return _merged(self.mini, self.bench[name])
+        return merged(self.mini, self.bench[name])
 
     def _broken_rules(self) -> Iterator[Complaint]:
         if self.model and self.models:
@@ -455,64 +290,12 @@ class Spec(_Declared):
             yield ("bench",), "needs `mini`, which its cases are merged over"
         elif self.mini:
             for name, case in self.bench.items():
-                yield from _unbound(("bench", name), case, self.mini)
-
-
-def _merged(base: Case, over: Case) -> Case:
-    parts = {"config": {**base.config, **over.config}, "sizes": over.sizes or base.sizes, "whole": over.whole}
-    rollout = over.rollout or (None if over.inputs else base.rollout)
-    if rollout:
-        parts["rollout"] = rollout
-    else:
-        inputs = {**base.inputs, **over.inputs}
-        parts["inputs"] = {name: given for name, given in inputs.items() if given is not None}
-    return Case(**parts).model_copy(deep=True)
-
-
-def _numbers(config: Mapping[str, Any]) -> dict[str, int]:
-    """The whole numbers above 0 of a configuration, which shapes may use by name."""
-    return {name: value for name, value in config.items() if type(value) is int and value > 0}
-
-
-def _unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
-    """Where `own` does not fit together with `base`: a name in a shape that a size does not bind, or an idle null."""
-    for name, given in own.inputs.items():
-        if given is None and name not in base.inputs:
-            yield (*loc, "inputs", name), f"leaves out an input that `mini` does not have{suggest(name, base.inputs)}"
-    sizes, numbers = own.sizes or base.sizes, _numbers({**base.config, **own.config})
-    for name, given in {**base.inputs, **own.inputs}.items():
-        if given is None or not (name in own.inputs or own.sizes):
-            continue
-        for at, symbol in given.symbols():
-            number = next((number for number, size in enumerate(sizes) if symbol not in size), None)
-            if isinstance(symbol, int) or number is None or symbol in numbers:
-                continue
-            here = ("inputs", name, *at) if name in own.inputs else ("sizes", number)
-            hint = suggest(symbol, (*sizes[number], *numbers))
-            yield (
-                (*loc, *here),
-                f"the shape of {quote(name)} uses {quote(symbol)}, which sizes.{number} does not bind, nor `config`"
-                f"{hint}",
-            )
-
-
-def load(path: str | Path, *, name: str | None = None, trusted: bool = False) -> Spec:
-    """The spec in a YAML file; SpecError with file:line:column for everything that is wrong with it, all at once."""
-    path = Path(path)
-    file = _file(path)
-    spec = _build(parse(read_file(path, file), file), name or path.stem, trusted)
-    spec._path = path
-    return spec
-
-
-def loads(text: str, *, file: str = "<text>", name: str = "", trusted: bool = False) -> Spec:
-    """The spec in a YAML text, which messages call `file`."""
-    return _build(parse(text, file), name, trusted)
+                yield from unbound(("bench", name), case, self.mini)
 
 
 def extend(base: Spec, spec: Spec) -> Spec:
-    """`spec` with what it inherits from `base`: sites and blocks by `at`, requirements, and the step cache's rule."""
-    return spec.model_copy(
+    """Return `spec` with what it inherits: the sites and blocks of `base` by `at`, its requirements, its step cache."""
+    extended = spec.model_copy(
         update={
             "requires": tuple(dict.fromkeys((*base.requires, *spec.requires))),
             "parameters": spec.parameters or base.parameters,
@@ -521,79 +304,5 @@ def extend(base: Spec, spec: Spec) -> Spec:
             "step_cache": spec.step_cache or base.step_cache,
         }
     )
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a spec file, with which an editor completes and explains it."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tightened(Spec.model_json_schema())}
-
-
-def _tightened(schema: Any) -> Any:
-    """The schema as strict as the reader: no keys but those of the shape given, and no null for a key left out."""
-    if isinstance(schema, list):
-        return [_tightened(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {name: _tightened(part) for name, part in schema.items()}
-    if "patternProperties" in schema:
-        schema["additionalProperties"] = False
-    if "anyOf" in schema and schema.get("default", ...) is None:
-        (given,) = (part for part in schema.pop("anyOf") if part != {"type": "null"})
-        del schema["default"]
-        schema |= given
-    return schema
-
-
-def _file(path: Path) -> str:
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return os.fspath(path)
-
-
-def _build(document: Document, name: str, trusted: bool) -> Spec:
-    complaints = list(document.complaints)
-    spec = None
-    if isinstance(document.data, dict):
-        try:
-            spec = Spec.model_validate(document.data)
-        except ValidationError as error:
-            complaints += [in_words(each, document, Spec) for each in error.errors() if not is_echo(each)]
-    else:
-        complaints.append((document.places[()].value, "a spec is a mapping that begins with `model:`"))
-    if not trusted and isinstance(document.data, dict):
-        complaints += _untrusted(document)
-    if complaints or spec is None:
-        lines = list(dict.fromkeys(f"{document.where(at)}: {message}" for at, message in sorted(complaints)))
-        more = [f"{document.file}: and {len(lines) - MAX_COMPLAINTS} more"] if len(lines) > MAX_COMPLAINTS else []
-        raise SpecError("\n".join(lines[:MAX_COMPLAINTS] + more))
-    spec._name, spec._trusted = name, trusted
-    spec._starts = {loc: document.where(place.start) for loc, place in document.places.items() if len(loc) == 1}
-    for index, site in enumerate(spec.sites):
-        site._origin = f"{document.file}:{document.places['sites', index].start.line}"
-    return spec
-
-
-def _untrusted(document: Document) -> Iterator[tuple[Position, str]]:
-    models = [
-        place.text for loc, place in document.places.items() if loc[:1] in (("model",), ("models",)) and place.text
-    ]
-    theirs = tuple(f"{model.partition('.')[0]}." for model in models)
-    for loc, place in document.places.items():
-        if not place.text or not _names_code(loc, place.text):
-            continue
-        module = place.text.partition(":")[0]
-        # What a model's own package says of itself is as good as the model.
-        if not f"{module}.".startswith(OWN_CODE + theirs if "reads" in loc else OWN_CODE):
-            message = (
-                f"{quote(place.text)} is code outside `{OWN_CODE[0].rstrip('.')}`, which a spec of your own may name "
-                "only if you trust it: trust=True, or --trust-specs"
-            )
-            yield place.start, f"{dotted(loc)}: {message}"
-
-
-def _names_code(loc: Loc, text: str) -> bool:
-    """Whether what stands there is imported and called, other than what is patched itself."""
-    if loc[0] == "sites":
-        return len(loc) > 2 and (loc[2] in ("use", "then") or (loc[2] == "reads" and ":" in text))
-    return loc[0] in ("mini", "bench") and loc[-1] in ("host", "rollout")
+    extended._origin = spec.origin.extending(base.origin)
+    return extended

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from ..errors import DitPatchError, SpecError, quote, suggest
-from .model import Kind, Spec, extend, load
+from .field_types import Kind
+from .loading import load
+from .model import Spec, extend
 
 KINDS: tuple[str, ...] = get_args(Kind)
 GROUP = "dit_patch.specs"
@@ -28,7 +30,7 @@ class _Source(NamedTuple):
     """A directory of specs, how messages call it, and whether its specs may name code of their own."""
 
     root: Path
-    words: str
+    label: str
     trusted: bool
     may_be_empty: bool = False
 
@@ -148,7 +150,7 @@ class Registry:
         for spec in self._all:
             for name in spec.classes:
                 if name in classes:
-                    first, second = (_where(each) for each in (classes[name], spec))
+                    first, second = (_position(each) for each in (classes[name], spec))
                     raise SpecError(f"{second}: {quote(name)} already has a spec, {first}; a class has one")
                 classes[name] = spec
         return classes
@@ -168,23 +170,23 @@ class Registry:
         base = spec.extends
         if base in extending:
             circle = " -> ".join((*extending[extending.index(base) :], base))
-            raise SpecError(f"{spec.where('extends')}: extends: goes round in a circle: {circle}")
+            raise SpecError(f"{spec.position('extends')}: extends: goes round in a circle: {circle}")
         if base not in self._files:
             hint = suggest(base, self._files) or f". Known: {', '.join(self.names())}"
-            raise SpecError(f"{spec.where('extends')}: extends: no spec {quote(base)}{hint}")
+            raise SpecError(f"{spec.position('extends')}: extends: no spec {quote(base)}{hint}")
         return self._load(base, extending)
 
 
 def _yaml_files(source: _Source) -> list[Path]:
     if not source.root.is_dir():
-        raise SpecError(f"{source.words} does not exist" if not source.root.exists() else f"{source.words} is a file")
+        raise SpecError(f"{source.label} does not exist" if not source.root.exists() else f"{source.label} is a file")
     files = sorted(
         path
         for path in source.root.rglob("*")
         if path.suffix in (".yaml", ".yml") and not _is_hidden(path.relative_to(source.root)) and path.is_file()
     )
     if not files and not source.may_be_empty:
-        raise SpecError(f"{source.words} holds no spec (*.yaml, *.yml)")
+        raise SpecError(f"{source.label} holds no spec (*.yaml, *.yml)")
     return files
 
 
@@ -192,8 +194,8 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _where(spec: Spec) -> str:
-    return spec.where("model" if spec.model else "models")
+def _position(spec: Spec) -> str:
+    return spec.position("model" if spec.model else "models")
 
 
 def _plugin(entry: metadata.EntryPoint) -> _Source:

@@ -60,21 +60,21 @@ class Document:
     places: dict[Loc, Place] = field(default_factory=dict)
     complaints: list[tuple[Position, str]] = field(default_factory=list)
 
-    def written(self, loc: Loc) -> Loc:
-        """The part of `loc` that the file really has: steps that name nothing in it are left out."""
-        found: Loc = ()
+    def existing_part(self, loc: Loc) -> Loc:
+        """Return the part of `loc` that the file has: steps that name nothing in it are left out."""
+        part: Loc = ()
         for step in loc:
-            if (*found, step) in self.places:
-                found = (*found, step)
-        return found
+            if (*part, step) in self.places:
+                part = (*part, step)
+        return part
 
-    def where(self, position: Position) -> str:
-        """`file:line:column`, as editors and terminals make clickable."""
+    def label(self, position: Position) -> str:
+        """Return `file:line:column`, which editors and terminals make clickable."""
         return f"{self.file}:{position.line}:{position.column}"
 
 
 def read_file(path: Path, file: str) -> str:
-    """The text of `path`; `file` is how messages call it."""
+    """Return the text of `path`, which messages call `file`; SpecError where it cannot be read or is too large."""
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -88,7 +88,7 @@ def read_file(path: Path, file: str) -> str:
 
 
 def parse(text: str, file: str) -> Document:
-    """The one document in `text`; SpecError where it is not one of the YAML that is understood here."""
+    """Return the one document in `text`; SpecError where that uses YAML which is not understood here."""
     unprintable = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if unprintable:
         line = text.count("\n", 0, unprintable.start()) + 1
@@ -99,8 +99,8 @@ def parse(text: str, file: str) -> Document:
         return _Reader(text, file).document
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        raise SpecError(f"{where}: {_problem(error, text)}") from error
+        label = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        raise SpecError(f"{label}: {_problem(error, text)}") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{file}: {error}") from error
 
@@ -144,7 +144,7 @@ class _Reader:
             raise self.refusal(more, "a second document begins; a file holds one spec")
 
     def refusal(self, event: yaml.Event, message: str) -> SpecError:
-        return SpecError(f"{self.document.where(_position(event))}: {message}")
+        return SpecError(f"{self.document.label(_position(event))}: {message}")
 
     def node(self, event: yaml.Event, loc: Loc, key: Position | None = None) -> Any:
         self.check(event, len(loc))

@@ -12,7 +12,8 @@ import torch
 from ...contribute import verify
 from ...handle import apply
 from ...spec import mini
-from ...spec.model import Case, Spec
+from ...spec.model import Spec
+from ...spec.recipe import Case
 from ...spec.registry import KINDS
 from .rows import Row
 from .timing import Timed, differing, in_turns, peak_bytes

@@ -12,7 +12,8 @@ import torch
 
 from ...errors import DitPatchError, SpecError, quote
 from ...spec import mini
-from ...spec.model import Case, Spec
+from ...spec.model import Spec
+from ...spec.recipe import Case
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def minis(spec: Spec) -> list[Subject]:
     """
     if spec.mini is None:
         raise SpecError(
-            f"{spec.where('model')}: without a `mini` (a tiny configuration and its inputs) there is nothing to try it "
-            'on; README, "A spec for your model", has one'
+            f"{spec.position('model')}: without a `mini` (a tiny configuration and its inputs) there is nothing to "
+            'try it on; README, "A spec for your model", has one'
         )
     names = (None, *spec.mini.variants)
     both = (torch.float32, torch.bfloat16)

@@ -23,7 +23,8 @@ from ...sites import layers, scope
 from ...sites.patch import Patch
 from ...sites.scope import Scope
 from ...spec import mini
-from ...spec.model import Case, Spec
+from ...spec.model import Spec
+from ...spec.recipe import Case
 from ...upstream.torch_internals import parameters
 
 FACETS = ("shape", "dtype", "device", "identity", "values")

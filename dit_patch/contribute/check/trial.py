@@ -68,7 +68,7 @@ def run(
         result.problems[str(error)] = None
         return result
     except ImportError as error:
-        result.problems[f"{spec.where('model')}: {error}"] = None
+        result.problems[f"{spec.position('model')}: {error}"] = None
         return result
     for subject in subjects:
         for dtype in subject.dtypes:
@@ -161,7 +161,7 @@ class _Trial:
             self.result.sites[site.at].equal = False
             remedy = f"`{finer}` would tell them apart" if finer else "no one argument tells them apart; see `reads`"
             self._problem(
-                f"{self.spec.called(site)}{_COARSE}: it takes the calls in forwards {one.forward} and "
+                f"{self.spec.label(site)}{_COARSE}: it takes the calls in forwards {one.forward} and "
                 f"{other.forward} of the {self.subject.name} for the same, and their results differ; {remedy}"
             )
         elif (coarser := probe.too_fine(calls, site.key)) is not None:
@@ -169,7 +169,7 @@ class _Trial:
 
     def _uncounted(self, record: SiteRecord, causes: list[str]) -> None:
         record.equal = False
-        where = f"{self.spec.called(record.site)}{_COARSE}"
+        where = f"{self.spec.label(record.site)}{_COARSE}"
         arguments = [cause for cause in causes if cause.startswith("model.")]
         weights = [cause for cause in causes if cause not in arguments]
         if arguments and not any(said.startswith(where) for said in self._coarse()):
@@ -287,7 +287,7 @@ def _judge(result: Result, *, whole: bool) -> None:
     """What can only be said when all trials are over. `whole`: the spec's minis were all tried."""
     for record in result.sites.values():
         site = record.site
-        called = result.spec.called(site)
+        called = result.spec.label(site)
         if not record.equal or any(called in problem for problem in result.problems):
             continue
         if site.at.startswith("pipeline:"):

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from ...errors import DitPatchError, quote, suggest
 from ...spec import mini
-from ...spec.model import Mini, Spec
+from ...spec.model import Spec
+from ...spec.recipe import Mini
 from .. import verify
 from ..check import probe
 from . import guess, observe, rotary

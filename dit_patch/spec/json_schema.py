@@ -1,0 +1,26 @@
+"""The JSON Schema of a spec file, with which an editor completes and explains it."""
+
+from typing import Any
+
+from .model import Spec
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a spec file, with which an editor completes and explains it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tightened(Spec.model_json_schema())}
+
+
+def _tightened(schema: Any) -> Any:
+    """The schema as strict as the reader: no keys but those of the shape given, and no null for a key left out."""
+    if isinstance(schema, list):
+        return [_tightened(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {name: _tightened(part) for name, part in schema.items()}
+    if "patternProperties" in schema:
+        schema["additionalProperties"] = False
+    if "anyOf" in schema and schema.get("default", ...) is None:
+        (given,) = (part for part in schema.pop("anyOf") if part != {"type": "null"})
+        del schema["default"]
+        schema |= given
+    return schema

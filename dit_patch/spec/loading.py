@@ -1,0 +1,68 @@
+"""From a YAML file to a spec, with everything that is wrong with it said at once; the only way to make one."""
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..errors import SpecError
+from .messages import in_words, is_echo
+from .model import Spec
+from .origin import Origin
+from .trust import untrusted
+from .yaml_reader import Document, parse, read_file
+
+MAX_COMPLAINTS = 50
+
+
+def load(path: str | Path, *, name: str | None = None, trusted: bool = False) -> Spec:
+    """Return the spec in a YAML file.
+
+    Args:
+        path: of the file.
+        name: what the spec is called; the file's name, if none is given.
+        trusted: whether the spec may name code outside dit_patch.
+
+    Raises:
+        SpecError: with file:line:column for everything that is wrong with it, all at once.
+    """
+    path = Path(path)
+    file = _file_name(path)
+    return _build(parse(read_file(path, file), file), name or path.stem, path, trusted)
+
+
+def loads(text: str, *, file: str = "<text>", name: str = "", trusted: bool = False) -> Spec:
+    """Return the spec in a YAML text, which messages call `file`.
+
+    Raises:
+        SpecError: as `load`.
+    """
+    return _build(parse(text, file), name, None, trusted)
+
+
+def _file_name(path: Path) -> str:
+    """Return the file's path as messages show it: from the current directory, if it is in there."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return os.fspath(path)
+
+
+def _build(document: Document, name: str, path: Path | None, trusted: bool) -> Spec:
+    complaints = list(document.complaints)
+    spec = None
+    if isinstance(document.data, dict):
+        try:
+            origin = Origin.of_document(document, name, path, trusted)
+            spec = Spec.model_validate(document.data, context=origin)
+        except ValidationError as error:
+            complaints += [in_words(each, document, Spec) for each in error.errors() if not is_echo(each)]
+    else:
+        complaints.append((document.places[()].value, "a spec is a mapping that begins with `model:`"))
+    if not trusted and isinstance(document.data, dict):
+        complaints += untrusted(document)
+    if complaints or spec is None:
+        lines = list(dict.fromkeys(f"{document.label(at)}: {message}" for at, message in sorted(complaints)))
+        more = [f"{document.file}: and {len(lines) - MAX_COMPLAINTS} more"] if len(lines) > MAX_COMPLAINTS else []
+        raise SpecError("\n".join(lines[:MAX_COMPLAINTS] + more))
+    return spec

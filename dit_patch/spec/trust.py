@@ -1,0 +1,34 @@
+"""Which code a spec may name: dit_patch's own, or any if whoever loads it trusts it."""
+
+from collections.abc import Iterator
+
+from ..errors import quote
+from .messages import dotted
+from .yaml_reader import Document, Loc, Position
+
+OWN_CODE = ("dit_patch.functions.", "dit_patch.hosts.")
+
+
+def untrusted(document: Document) -> Iterator[tuple[Position, str]]:
+    models = [
+        place.text for loc, place in document.places.items() if loc[:1] in (("model",), ("models",)) and place.text
+    ]
+    theirs = tuple(f"{model.partition('.')[0]}." for model in models)
+    for loc, place in document.places.items():
+        if not place.text or not _names_code(loc, place.text):
+            continue
+        module = place.text.partition(":")[0]
+        # What a model's own package says of itself is as good as the model.
+        if not f"{module}.".startswith(OWN_CODE + theirs if "reads" in loc else OWN_CODE):
+            message = (
+                f"{quote(place.text)} is code outside `{OWN_CODE[0].rstrip('.')}`, which a spec of your own may name "
+                "only if you trust it: trust=True, or --trust-specs"
+            )
+            yield place.start, f"{dotted(loc)}: {message}"
+
+
+def _names_code(loc: Loc, text: str) -> bool:
+    """Whether what stands there is imported and called, other than what is patched itself."""
+    if loc[0] == "sites":
+        return len(loc) > 2 and (loc[2] in ("use", "then") or (loc[2] == "reads" and ":" in text))
+    return loc[0] in ("mini", "bench") and loc[-1] in ("host", "rollout")
