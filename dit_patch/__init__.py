@@ -32,28 +32,20 @@ __all__ = [
 ]
 
 
-_WHERE = {
+# `apply` comes with what knows of worker processes, which has registered there.
+_MODULES = {
     "Handle": ".handle",
     "StepCache": ".step_cache",
     "add_arguments": ".launch.flags",
-    "apply": ".handle",
+    "apply": ".launch.workers",
     "from_args": ".launch.flags",
 }
 
 
 def __getattr__(name: str):
     # torch is imported with the first use, so that the command line starts without it.
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name], __name__), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
     if name == "__version__":
-        return _version()
+        return import_module(".extras", __name__).installed_version("dit-patch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("dit-patch")
-    except metadata.PackageNotFoundError:  # a plain checkout
-        return "0.0.0"

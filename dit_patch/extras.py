@@ -1,6 +1,7 @@
-"""Packages that only a part of dit_patch needs: looked for before that part begins, and named with what brings them."""
+"""Packages: those that only a part of dit_patch needs, looked for before that part begins, and their versions."""
 
 from collections.abc import Mapping
+from importlib import metadata
 from importlib.util import find_spec
 
 from .errors import DitPatchError
@@ -15,3 +16,11 @@ def require(what: str, needed: Mapping[str, str], extra: str, error: type[DitPat
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
         raise error(f"{what} needs {', '.join(missing)}: pip install 'dit-patch[{extra}]'")
+
+
+def installed_version(package: str) -> str:
+    """Return the installed version of a package; 0.0.0 where it is a plain checkout."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "0.0.0"

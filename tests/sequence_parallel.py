@@ -121,7 +121,7 @@ class Trial:
 
     def tables(self, handle: Handle) -> list[dict[str, Any]]:
         """The RoPE tables that are held, in the order they were made: whose they are by their key, and digests."""
-        [member] = handle._members
+        [member] = handle.patched_models
         return [
             {
                 "rank and size": entry.key[-2:],

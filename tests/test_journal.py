@@ -19,6 +19,7 @@ from test_remote import Generator
 
 import dit_patch
 from dit_patch.report import journal as journals
+from dit_patch.report import kept
 from dit_patch.report.journal import Journal, own_path, text
 
 HERE = Path(__file__).parent
@@ -119,7 +120,7 @@ def test_a_handle_in_workers_that_is_removed_leaves_what_they_said(journal, spec
 def test_workers_that_do_not_answer_are_not_waited_for(journal, specs, monkeypatch, capsys):
     generator = Generator(toys.build())
     journal.keep(dit_patch.apply(generator, specs=[specs]))
-    monkeypatch.setattr(journals, "_PATIENCE", 0.2)
+    monkeypatch.setattr(kept, "_PATIENCE", 0.2)
     generator.executor.collective_rpc = lambda *_, **__: time.sleep(60)
     journal.report_at_exit("-")
     start = time.monotonic()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+from dit_patch.findings import FindingKind
 from dit_patch.memo.keys import Pins
 from dit_patch.memo.lookup import Memo, same
 from dit_patch.memo.store import Budget, tensors_in
@@ -155,9 +156,9 @@ def test_a_key_that_is_too_coarse_is_caught_at_the_first_hit():
     ) as seen:
         assert ask(site, call) == 1
     assert len(seen) == 1
-    assert site.off.startswith("a cached result differs")
+    assert site.off.kind is FindingKind.TOO_COARSE
     assert not site.cache.entries
-    assert counts(site) == (0, 1, {site.off: 1})
+    assert counts(site) == (0, 1, {site.off.note: 1})
 
 
 def test_a_key_that_becomes_too_coarse_with_another_signature_is_caught_there():
@@ -186,7 +187,7 @@ def test_a_table_that_was_written_into_is_dropped():
     with pytest.warns(UserWarning, match="somebody wrote into a cached result") as seen:
         assert ask(site, call).eq(1).all()
     assert len(seen) == 1
-    assert "wrote into" in site.off and not site.cache.entries
+    assert site.off.kind is FindingKind.WRITTEN_INTO and not site.cache.entries
 
 
 @pytest.mark.parametrize("check", ["first", "always", "never"])
@@ -208,10 +209,12 @@ def test_a_write_under_inference_mode_is_noticed():
 def test_a_site_that_was_switched_off_says_so_once():
     site = memo()
     with pytest.warns(UserWarning) as seen:
-        site.switch_off("one reason")
-        site.switch_off("another")
-    assert [str(each.message) for each in seen] == ["dit_patch: toy: rope.forward: one reason."]
-    assert site.off == "one reason"
+        site.switch_off(FindingKind.TOO_COARSE)
+        site.switch_off(FindingKind.WRITTEN_INTO)
+    assert [str(each.message) for each in seen] == [
+        "dit_patch: toy: rope.forward: a cached result differs from a fresh one: its key is too coarse. Switched off."
+    ]
+    assert site.off.kind is FindingKind.TOO_COARSE
 
 
 @pytest.mark.parametrize(

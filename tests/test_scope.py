@@ -123,7 +123,8 @@ def test_what_a_forward_left_to_do_is_done_even_when_it_raises_latest_first():
     seen, done = Seen(Model()), []
 
     def fail():
-        current().leave += [lambda: done.append(1), lambda: done.append(2)]
+        for number in (1, 2):
+            current().on_exit("test", lambda number=number: done.append(number))
         raise ValueError
 
     seen.model.inside = fail
@@ -154,7 +155,7 @@ def test_what_an_interrupt_leaves_behind_is_gone_at_the_next_forward():
     seen, done = Seen(Model()), []
 
     def interrupt():
-        current().leave.append(lambda: done.append(True))
+        current().on_exit("test", lambda: done.append(True))
         raise KeyboardInterrupt
 
     seen.model.inside = interrupt

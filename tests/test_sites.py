@@ -337,7 +337,7 @@ def test_what_an_earlier_forward_left_behind_is_cleared_and_put_back(patched):
         prepare=lambda model: setattr(model.lazy, "left", torch.full((3,), 5.0)),
     )
     assert before is None and model.lazy.left is None
-    left = handle._members[0].patches[0]._cleared[0]
+    left = handle.patched_models[0].patches[0]._cleared[0]
     handle.remove()
     assert model.lazy.left is left and left.eq(5).all()
 
@@ -711,7 +711,7 @@ def test_a_span_that_the_forward_does_not_finish_ends_with_it(patched):
 def test_what_a_span_keeps_and_somebody_writes_into_switches_it_off(patched):
     model, plain, handle = patched("- {at: embed..blocks.0, kind: mask}")
     agree(model, plain, toys.inputs(), toys.inputs())
-    (entry,) = handle._members[0].patches[0].memo.cache.entries.values()
+    (entry,) = handle.patched_models[0].patches[0].memo.cache.entries.values()
     entry.value.mul_(3)
     with pytest.warns(UserWarning, match="wrote into"):
         agree(model, plain, toys.inputs(), toys.inputs())

@@ -48,7 +48,7 @@ def generation(case, number=0, dtype=torch.float32, size=0):
 def expect_hits(handle, case, forwards):
     """Each site hits whenever what it depends on has been seen: sizes, a prompt of a generation, or a step."""
     generations = len(case.sizes)
-    sites = {site.at: site for member in handle._members for site in member.spec.sites}
+    sites = {site.at: site for member in handle.patched_models for site in member.spec.sites}
     for row in handle.stats():
         assert not row.bypassed, (row.at, row.bypassed)
         site, calls = sites[row.at], row.hits + row.misses

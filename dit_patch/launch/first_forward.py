@@ -58,7 +58,7 @@ def _copied(cls: type, original: Callable, instance: Any, args: tuple, kwargs: d
         forget_copies(instance)
         for name in ("forward", "cache_context"):  # copy.copy takes what is on the original as it is
             layer = vars(instance).get(name)
-            if type(layer) is layers.Wrapped and isinstance(getattr(layer._self_wrapper, "__self__", None), First):
+            if type(layer) is layers.Wrapped and isinstance(layer.installer, First):
                 delattr(instance, name)
     _prepare(cls, instance)
     return result
@@ -91,11 +91,11 @@ class First:
         self._layers: list[layers.Wrapped] = []
         self._pass: str | None = None
         self._steppings: list[Any] = []
-        self._hook = model.register_forward_pre_hook(Hook(self.begins), with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(Hook(self.begins, self), with_kwargs=True)
         if self._choice.options["step_cache"] is not None:
-            self._layers.append(layers.install(model, "forward", self._through))
+            self._layers.append(layers.install(model, "forward", self._through, self))
             if callable(getattr(model, "cache_context", None)):
-                self._layers.append(layers.install(model, "cache_context", self._named))
+                self._layers.append(layers.install(model, "cache_context", self._named, self))
         journal.note(_name(model), NEVER_CALLED)
 
     def is_of(self, model: torch.nn.Module) -> bool:
@@ -139,7 +139,7 @@ class First:
         journal.note(name, PATCHED, NEVER_CALLED)
         journal.keep(handle, refreshing=True)
         if self._layers:
-            self._steppings = handle.steppings
+            self._steppings = handle.step_caches
             for stepping in self._steppings:
                 stepping.join(self._pass if stepping.model is model else None)
         return True

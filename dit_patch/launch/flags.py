@@ -135,8 +135,8 @@ def from_args(pipeline: Any, args: Any) -> Handle | RemoteHandle | None:
     choice = Choice.of(args)
     if not choice.wanted:
         return None
-    from ..handle import apply
     from ..report.journal import journal
+    from .workers import apply  # which knows of generators with workers, too
 
     handle = apply(pipeline, **choice.options)
     if choice.patch_report:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import wrapt
 
+from ..findings import DitPatchWarning
+
 
 def start(folder: str, classes: Sequence[str]) -> None:
     """Watch these classes, given by their dotted names, from when their modules are imported."""
@@ -29,7 +31,7 @@ def _imported(folder: str, names: list[str], module: ModuleType) -> None:
         from . import first_forward
 
         # What is said of a patch shall not end a program that runs with -W error.
-        warnings.filterwarnings("default", message="dit_patch: ")
+        warnings.filterwarnings("default", category=DitPatchWarning)
         first_forward.record_in(folder)
         for name in names:
             cls = vars(module).get(name)

@@ -12,6 +12,7 @@ import pickle
 import traceback
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,15 +21,17 @@ from typing import Any
 
 import torch
 
-from .. import errors, handle
+from .. import errors
 from ..errors import DitPatchError, UnsupportedModelError
-from ..report.rows import Rows, SiteStats, text
-from ..sites import resolve
+from ..findings import DitPatchWarning, Finding, FindingKind, warn
+from ..handle import Handle, Options, apply, handle_of
+from ..handle.entry import register
+from ..report.reported import ReportedHandle
+from ..report.rows import Rows, SiteStats
+from ..report.text import report_text
+from ..sites import layers, resolve
 from ..step_cache.stats import StepStats
 from ..upstream import fastvideo_internals
-
-_OURS = "dit_patch: "
-"""How our warnings begin."""
 
 
 def is_remote(target: Any) -> bool:
@@ -43,7 +46,7 @@ def is_remote(target: Any) -> bool:
     return executor is not None or callable(getattr(target, "generate_video", None))
 
 
-def apply(target: Any, **options: Any) -> RemoteHandle:
+def apply_in_workers(target: Any, **options: Any) -> RemoteHandle:
     """Patch the pipeline in each worker of `target`, in all of them or in none; `options` as for `dit_patch.apply`.
 
     Like a generation it keeps the workers busy: not to be called while one runs in another thread.
@@ -63,25 +66,31 @@ def apply(target: Any, **options: Any) -> RemoteHandle:
     return RemoteHandle(executor, {rank: each.token for rank, each in applied.items()}, answers[0].value.options)
 
 
-class RemoteHandle:
+class RemoteHandle(ReportedHandle):
     """The handles of all workers in one: print it for the report, `remove()` it to take everything back.
 
     Does everything that a `Handle` does, but has no `models`, and no `begin_generation`, which FastVideo's stages say
-    themselves. `max_bytes` is what each worker may hold; where there are
-    several, each row says of which rank it is.
+    themselves. The `max_bytes` that was asked for is what each worker may hold. Where there are several, each row says
+    of which rank it is.
     """
 
-    def __init__(self, executor: Any, tokens: Mapping[int, str], options: handle.Options) -> None:
-        self.options = options
+    is_remote = True
+
+    def __init__(self, executor: Any, tokens: Mapping[int, str], options: Options) -> None:
+        super().__init__(options)
         self._executor = executor
         self._tokens = dict(tokens)
         self._last: Rows | None = None
+
+    def __repr__(self) -> str:
+        return f"<RemoteHandle of {len(self._tokens)} workers>"
 
     def remove(self) -> None:
         """Take every patch back in every worker; harmless when repeated, and when the workers are gone."""
         if self._last is None:
             with suppress(_Gone):
                 self._last = self._call("remove")
+        self._end(removed=True)
 
     def clear(self) -> None:
         """Forget every cached result; counters stay."""
@@ -92,38 +101,57 @@ class RemoteHandle:
         """Put back the patches that another library has displaced."""
         self._call("repair")
 
+    def rows(self) -> Rows:
+        """The rows from every worker; after `remove` those that it left."""
+        return self._call() if self._last is None else self._last
+
     def stats(self) -> list[SiteStats]:
         """The rows of `Handle.stats` from every worker; after `remove` those that it left."""
-        return list(self._rows().sites)
+        return list(self.rows().sites)
 
     def step_stats(self) -> list[StepStats]:
         """The rows of `Handle.step_stats` from every worker; after `remove` those that it left."""
-        return list(self._rows().steps)
+        return list(self.rows().steps)
 
     @property
     def nbytes(self) -> int:
         """Bytes that all caches of all workers hold now."""
-        return self._rows().nbytes
+        return self.rows().nbytes
+
+    @property
+    def max_bytes(self) -> int:
+        """The bytes that the caches of all workers may hold together."""
+        return self.options.max_bytes * len(self._tokens)
+
+    def reference(self) -> Callable[[], RemoteHandle | None]:
+        """Return a function that gives a handle of the same workers, for as long as their executor is there."""
+        executor, tokens, options = weakref.ref(self._executor), self._tokens, self.options
+
+        def of_the_same_workers() -> RemoteHandle | None:
+            living = executor()
+            return None if living is None else RemoteHandle(living, tokens, options)
+
+        return of_the_same_workers
+
+    def before_workers_end(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called before the executor shuts its workers down."""
+
+        def shutting_down(original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+            callback()
+            return original(*args, **kwargs)
+
+        if callable(getattr(self._executor, "shutdown", None)):
+            layers.install(self._executor, "shutdown", shutting_down)
 
     def __str__(self) -> str:
-        rows = self._rows()
-        allowed = self.options.max_bytes * len(self._tokens)
-        return text(rows.sites, allowed, rows.nbytes, self.options.step_cache, rows.steps)
+        rows = self.rows()  # once for all, since the workers are asked for them
+        return report_text(rows, self.max_bytes, rows.nbytes, self.options.step_cache)
 
     def __eq__(self, other: object) -> bool:
         return self._tokens == other._tokens if isinstance(other, RemoteHandle) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(tuple(self._tokens.items()))
-
-    def __enter__(self) -> RemoteHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def _rows(self) -> Rows:
-        return self._call() if self._last is None else self._last
 
     def _call(self, *methods: str) -> Rows:
         """Call methods of every worker's handle; the rows after that."""
@@ -176,14 +204,14 @@ class _Applied:
     """A worker's handle: the name that the call gave it which made it, and its options."""
 
     token: str
-    options: handle.Options
+    options: Options
 
 
 def _answer(worker: Any, act: Callable, *args: Any) -> _Answer:
     """Runs in a worker, and is what `collective_rpc` takes there: `act(worker, *args)`, with what we warn of in it."""
     pickled, failure = None, None
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", _OURS)
+        warnings.filterwarnings("always", category=DitPatchWarning)
         try:
             pickled = pickle.dumps(act(worker, *args))  # here, where it can fail without ending the worker
         except Exception as error:
@@ -192,10 +220,10 @@ def _answer(worker: Any, act: Callable, *args: Any) -> _Answer:
             failure = _Failure(type(error).__name__ if ours else "", message, traceback.format_exc())
     ours, others = [], []
     for each in caught:
-        (ours if str(each.message).startswith(_OURS) else others).append(each)
+        (ours if isinstance(each.message, DitPatchWarning) else others).append(each)
     for each in others:
         warnings.showwarning(each.message, each.category, each.filename, each.lineno)
-    said = tuple(dict.fromkeys(str(each.message).removeprefix(_OURS) for each in ours))
+    said = tuple(dict.fromkeys(each.message.finding.warning for each in ours))
     return _Answer(getattr(worker, "rank", 0), pickled, failure, said)
 
 
@@ -205,7 +233,7 @@ def _apply(worker: Any, options: dict[str, Any], token: str) -> _Applied:
         # FastVideo leaves the end of loading, compilation with it, to a worker's first generation.
         pipeline.post_init()
     existing = _existing(pipeline)
-    applied = handle.apply(pipeline, **options)
+    applied = apply(pipeline, **options)
     # One that was made in the worker itself is not this call's to undo.
     if applied.token is None:
         applied.token = token if existing is None else uuid.uuid4().hex
@@ -219,11 +247,11 @@ def _call(worker: Any, tokens: dict[int, str], *methods: str) -> Rows | None:
         return None
     for method in methods:
         getattr(existing, method)()
-    return Rows.of(existing)
+    return existing.rows()
 
 
-def _existing(pipeline: Any) -> handle.Handle | None:
-    return next(filter(None, map(handle.handle_of, resolve.models(pipeline).values())), None)
+def _existing(pipeline: Any) -> Handle | None:
+    return next(filter(None, map(handle_of, resolve.models(pipeline).values())), None)
 
 
 def _executor(target: Any) -> Any:
@@ -273,7 +301,7 @@ def _ask(executor: Any, act: Callable, *args: Any) -> list[_Answer]:
             "    Make a new generator, and let one call end before the next."
         )
     for line in _by_rank((said, answer.rank) for answer in answers for said in answer.warnings):
-        warnings.warn(f"{_OURS}{line}", stacklevel=4)
+        warn(Finding(FindingKind.IN_WORKER, detail=line), stacklevel=4)
     return answers
 
 
@@ -299,3 +327,6 @@ def _by_rank(said: Iterable[tuple[str, int]]) -> list[str]:
     for words, rank in said:
         by.setdefault(words, {})[rank] = None
     return [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {words}" for words, ranks in by.items()]
+
+
+register(is_remote, apply_in_workers)

@@ -8,13 +8,13 @@ computed once more and compared bit for bit: a site whose key is too coarse is s
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
 
+from ..findings import Finding, FindingKind, warn
 from ..upstream.torch_internals import count_function_modes, storage_id
 from .keys import CAPTURING, PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
 from .store import Budget, Cache, Entry, map_tensors, mask_parts, tensors_in
@@ -54,7 +54,7 @@ class Memo:
         self.cache = Cache(budget)
         self.check = check
         self._always = check == "always"
-        self.off: str | None = None
+        self.off: Finding | None = None
         self.bypassed: Counter[str] = Counter()
         self.seconds = float("inf")  # the fastest computation of a result so far
         self._checked: set[Hashable] = set()
@@ -86,12 +86,11 @@ class Memo:
         if entry is None:
             return self._store(key, call)
         if entry.written():
-            return self._give_up("somebody wrote into a cached result; the site is switched off", call.compute())
+            return self._give_up(FindingKind.WRITTEN_INTO, call.compute())
         if not entry.checked or self._always:
             fresh = self.timed(call.compute)
             if not same(entry.value, fresh):
-                reason = "a cached result differs from a fresh one: its key is too coarse. Switched off"
-                return self._give_up(reason, fresh)
+                return self._give_up(FindingKind.TOO_COARSE, fresh)
             entry.checked = True
             self._checked.add(call.signature())
         self.cache.hit(entry)
@@ -100,19 +99,16 @@ class Memo:
     def bypass(self, reason: str) -> None:
         self.bypassed[reason] += 1
 
-    def switch_off(self, reason: str) -> None:
+    def switch_off(self, kind: FindingKind) -> None:
         """Pass every further call through, and say so once."""
         if self.off is None:
-            self.off = reason
+            self.off = Finding(kind, site=self.where)
             self.cache.clear()
-            self.warn(reason)
+            warn(self.off, stacklevel=2)
 
-    def warn(self, message: str) -> None:
-        warnings.warn(f"dit_patch: {self.where}: {message}.", stacklevel=2)
-
-    def _give_up(self, reason: str, value: Any) -> Any:
-        self.bypass(reason)
-        self.switch_off(reason)
+    def _give_up(self, kind: FindingKind, value: Any) -> Any:
+        self.bypass(Finding(kind).note)
+        self.switch_off(kind)
         return value
 
     def timed(self, compute: Callable[[], Any]) -> Any:

@@ -5,7 +5,6 @@ Changes nothing yet; installing the patches does.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import repeat
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import SiteError, suggest
+from ..findings import Finding, FindingKind, warn
 from ..memo.store import Budget
 from ..spec.fingerprint import fingerprint
 from ..spec.model import Site, Spec
@@ -21,9 +21,6 @@ from ..upstream import torch_internals
 from . import layers, resolve, scope
 from .patch import Means, Patch
 from .span import Span
-
-ABSENT = "not in this model"
-ABSENT_STAGE = "not in this pipeline"
 
 
 def live(
@@ -35,7 +32,7 @@ def live(
     budget: Budget,
     check: str,
     fixes: bool,
-) -> tuple[list[Patch | Span], str | None]:
+) -> tuple[list[Patch | Span], Finding | None]:
     """The patches of one site, and what there is to say of it in the report.
 
     Args:
@@ -47,7 +44,7 @@ def live(
     where = spec.label(site)
     strange = resolve.own_forward(model, spec.classes)
     if strange and _counts_on_the_forward(site):
-        return [], f"left alone: it counts on the forward that {type(model).__name__} replaces"
+        return [], Finding(FindingKind.NEEDS_FORWARD, site.at, type(model).__name__)
     try:
         if site.is_span:
             ends = _ends(model, *site.span, where)
@@ -56,17 +53,19 @@ def live(
         leftovers = _leftovers(model, site.clears, where)
     except SiteError:
         if site.optional:
-            return [], ABSENT_STAGE if site.at.startswith("pipeline:") else ABSENT
+            return [], Finding(
+                FindingKind.ABSENT_STAGE if site.at.startswith("pipeline:") else FindingKind.ABSENT, site.at
+            )
         if not strange:
             raise
-        return [], f"not in {type(model).__name__}, which has a forward of its own"
+        return [], Finding(FindingKind.OTHER_FORWARD, site.at, type(model).__name__)
     parameters = (*scope.parameters(model), *spec.parameters)
     if site.is_span:
         return [Span(site, model, *each, parameters, where=where, budget=budget, check=check) for each in ends], None
     note = None
     replacement = _replacement(site, *targets[0], where) if site.use else None
     if site.use and replacement is None:
-        note = f"{site.use} is for another version of the original, and not used"
+        note = Finding(FindingKind.OTHER_SOURCE, site.at, site.use)
         if not site.key:
             return [], note
     means = Means(
@@ -147,9 +146,6 @@ def _replacement(site: Site, owner: Any, name: str, where: str) -> Any:
         actual = "unreadable"
     if actual in site.source:
         return replacement
-    warnings.warn(
-        f"dit_patch: {where}: the original's source is {actual}, and {site.use} was written for "
-        f"{', '.join(site.source)}; the original is used.",
-        stacklevel=5,
-    )
+    source = f"{actual}, and {site.use} was written for {', '.join(site.source)}"
+    warn(Finding(FindingKind.OTHER_SOURCE, where, source), stacklevel=5)
     return None

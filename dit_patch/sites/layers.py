@@ -38,6 +38,17 @@ class Wrapped(wrapt.FunctionWrapper):
         # All that a call needs in one attribute, since reading one through wrapt's proxy takes its time; None: asleep.
         self._self_call: Callable | None = functools.partial(wrapper, wrapped, None)
         self._self_home: tuple[Any, str] | None = None
+        self._self_installer: Any = None
+
+    @property
+    def home(self) -> tuple[Any, str] | None:
+        """The owner and the name of the attribute that the layer is around."""
+        return self._self_home
+
+    @property
+    def installer(self) -> Any:
+        """Whoever put the layer there, if they said so."""
+        return self._self_installer
 
     @property
     def __class__(self):
@@ -63,7 +74,7 @@ class Wrapped(wrapt.FunctionWrapper):
         return operator.getitem, ((self.__wrapped__,), 0)
 
 
-def install(owner: Any, name: str, wrapper: Callable) -> Wrapped:
+def install(owner: Any, name: str, wrapper: Callable, installer: Any = None) -> Wrapped:
     """Wrap the attribute `name` of `owner` (a module instance, a Python module, any object) and return the layer.
 
     Where accelerate or diffusers have hooked a `forward` before, the layer goes below their hooks: there it sees the
@@ -73,7 +84,7 @@ def install(owner: Any, name: str, wrapper: Callable) -> Wrapped:
         holder, attribute = _innermost(owner, name)
         own = holder is not owner or attribute in vars(holder)
         wrapped = Wrapped(getattr(holder, attribute), wrapper, own=own)
-        wrapped._self_home = (owner, name)
+        wrapped._self_home, wrapped._self_installer = (owner, name), installer
         setattr(holder, attribute, wrapped)
         return wrapped
 

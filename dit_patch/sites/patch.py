@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import SiteError, suggest
+from ..findings import Finding, FindingKind, warn
 from ..memo.guards import State
 from ..memo.keys import Pins, Plan, Uncacheable, ambient
 from ..memo.lookup import Memo, same
@@ -317,9 +318,10 @@ class Patch:
 
     def _do_without(self, why: str) -> None:
         self.replacement, self._unkeyed = None, False
-        self.memo.warn(f"{self.site.use} {why}; the original is used")
+        finding = Finding(FindingKind.REPLACEMENT_FAILED, site=f"{self.where}: {self.site.use}", detail=why)
+        warn(finding, stacklevel=2)
         if not self.site.key:
-            self.memo.off = f"its replacement {why}"
+            self.memo.off = finding
 
     def signature(self, args: tuple, kwargs: dict) -> Hashable:
         return tuple(self._everything.parts(args, kwargs, None))

@@ -28,17 +28,19 @@ MISSING = object()
 class Frame:
     """One forward of an owned model: its arguments, and what was called in it.
 
-    `calls` counts, by whatever object a caller chooses, how often something happened in this forward; `leave` holds
-    what must be undone when the forward ends, however it ends.
+    `calls` counts, by whatever object a caller chooses, how often something happened in this forward.
     """
 
-    __slots__ = ("args", "calls", "kwargs", "leave", "model", "nameless", "parent", "positions")
+    __slots__ = ("_undo", "args", "calls", "kwargs", "model", "nameless", "parent", "positions")
 
     def __init__(self, model: torch.nn.Module, positions: dict[str, int], args: tuple, kwargs: dict, parent) -> None:
         self.model, self.positions, self.args, self.kwargs, self.parent = model, positions, args, kwargs, parent
         self.nameless = len(args) > len(positions)  # some positional arguments cannot be told by name
         self.calls: dict[Any, int] = {}
-        self.leave: list[Callable[[], None]] = []
+        self._undo: list[tuple[Any, Callable[[], None]]] = []
+
+    def __repr__(self) -> str:
+        return f"<Frame of {type(self.model).__name__}: {len(self.calls)} called>"
 
     def argument(self, name: str) -> Any:
         """The forward's argument `name` as the caller gave it; None where it was left to its default."""
@@ -62,21 +64,39 @@ class Frame:
                 return value.device
         return None
 
+    def on_exit(self, key: Any, undo: Callable[[], None]) -> None:
+        """Have `undo` called when the forward ends, however it ends; last in, first out."""
+        self._undo.append((key, undo))
+
+    def exit_early(self, key: Any) -> None:
+        """Call now, in their order, what was to be undone under `key`."""
+        due = [each for each in self._undo if each[0] is key]
+        for each in due:
+            self._undo.remove(each)
+            each[1]()
+
     def close(self) -> None:
-        while self.leave:
-            self.leave.pop()()
+        """End the forward: undo whatever is left to undo."""
+        while self._undo:
+            _, undo = self._undo.pop()
+            undo()
 
 
 class Hook:
-    """A torch hook of ours: silent while compiling, and nothing at all in a copy or a pickle of its module."""
+    """A torch hook of ours: silent while compiling, and nothing at all in a copy or a pickle of its module.
 
-    def __init__(self, method: Callable) -> None:
-        self.method = method
-        self.owner = method.__self__
+    `owner` is whoever a hook that is found on a model leads to.
+    """
+
+    def __init__(self, callback: Callable, owner: Any = None) -> None:
+        self.callback, self.owner = callback, owner
+
+    def __repr__(self) -> str:
+        return f"<Hook of {self.owner!r}>"
 
     def __call__(self, *args):
         if not _is_compiling():
-            self.method(*args)
+            self.callback(*args)
 
     def __deepcopy__(self, memo):
         return contextlib.nullcontext().__exit__
@@ -90,7 +110,7 @@ class Scope:
     """The pair of hooks on one model.
 
     `finished(frame)` is called after each of its forwards that did not raise, `started(frame)` before each. `names` are
-    the forward's positional parameters, where its signature does not say.
+    the forward's positional parameters, where its signature does not say. `handle` is the one that watches the model.
     """
 
     def __init__(
@@ -99,15 +119,20 @@ class Scope:
         finished: Callable[[Frame], None],
         started: Callable[[Frame], None] | None = None,
         names: Sequence[str] = (),
+        handle: Any = None,
     ) -> None:
-        self.model, self.finished, self.started = model, finished, started
+        self.model, self.finished, self.started, self.handle = model, finished, started, handle
         self.positions = {name: at for at, name in enumerate(names or parameters(model))}
         self._hooks = (
-            model.register_forward_pre_hook(Hook(self.enter), with_kwargs=True),
-            model.register_forward_hook(Hook(self.leave), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(Hook(self.enter, self), with_kwargs=True),
+            model.register_forward_hook(Hook(self.leave, self), with_kwargs=True, always_call=True),
         )
 
+    def __repr__(self) -> str:
+        return f"<Scope of {type(self.model).__name__}>"
+
     def remove(self) -> None:
+        """Stop watching the model."""
         for hook in self._hooks:
             hook.remove()
         self._abandon()
@@ -170,4 +195,4 @@ def takes_any(model: torch.nn.Module) -> bool:
 
 def forget_copies(model: torch.nn.Module) -> None:
     """Drop what `Hook` has become in a copied or unpickled model."""
-    drop_forward_hooks(model, lambda hook: type(getattr(hook, "__self__", None)) is contextlib.nullcontext)
+    drop_forward_hooks(model, lambda hook: getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__)

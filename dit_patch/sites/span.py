@@ -104,14 +104,12 @@ class Span:
             self.memo.bypass(str(reason))
             return
         mode.__enter__()
-        frame.leave.append(mode.finish)
+        frame.on_exit(_Watch, mode.finish)
 
     def finish(self, *_) -> None:
         frame = scope.current()
-        if frame is not None and frame.model is self.model and frame.leave:
-            for leave in [leave for leave in frame.leave if getattr(leave, "__self__", None).__class__ is _Watch]:
-                frame.leave.remove(leave)
-                leave()
+        if frame is not None and frame.model is self.model:
+            frame.exit_early(_Watch)
 
 
 class _Watch(TorchFunctionMode):

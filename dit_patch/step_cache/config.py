@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StepCacheError, quote, suggest
@@ -161,9 +162,9 @@ class StepCache:
         Raises:
             StepCacheError: the target cannot be reached; it says what can.
         """
-        from ..bench.step_cache.calibrate import calibrate
-
-        return calibrate(pipeline, prompts, target, ssim=ssim, **options)
+        # What generates and measures is in a room above; its name is all that this one knows of it.
+        calibration = import_module("dit_patch.bench.step_cache.calibrate")
+        return calibration.calibrate(pipeline, prompts, target, ssim=ssim, **options)
 
     def blocks(self, count: int, where: str) -> tuple[int, int]:
         """The first and last blocks that always run, of a list of `count`.

@@ -49,7 +49,7 @@ class Loops:
         if target is not model:
             self._listen(target, "maybe_free_model_hooks", self._after)
         self._listen(model, RESET_STATE, self._after)
-        self.heard = any(layer._self_home[1] == "progress_bar" for layer in self._layers)
+        self.heard = any(layer.home[1] == "progress_bar" for layer in self._layers)
         """Whether there is somebody who says when a loop begins."""
 
     def remove(self) -> None:

@@ -7,7 +7,6 @@ place: names, order and parameters stay what they are.
 from __future__ import annotations
 
 import threading
-import warnings
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import StepCacheError
+from ..findings import Finding, FindingKind, warn
 from ..memo.lookup import same
 from ..memo.store import tensors_in
 from ..sites import layers, resolve, scope
@@ -336,7 +336,7 @@ class Stepping:
         )
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"dit_patch: step cache of {self.what}: {message}", stacklevel=2)
+        warn(Finding(FindingKind.STEP_CACHE, self.what, message), stacklevel=2)
 
 
 def _held(part: Any, seen: set[int] | None = None) -> int:

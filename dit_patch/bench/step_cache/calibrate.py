@@ -85,7 +85,7 @@ def calibrate(
         # What is done once, the proof of parity among it, is not timed.
         sampling.generate(pipeline, prompts[0], seed, {**call, "num_inference_steps": 2})
         for prompt in prompts:
-            recorder = Recorder(handle.steppings)
+            recorder = Recorder(handle.step_caches)
             sample = sampling.generate(pipeline, prompt, seed, call)
             if not recorder.steps:
                 raise StepCacheError("calibrate: no transformer of this pipeline has run")
@@ -175,7 +175,7 @@ def _tried(pipeline: Any, runs: Sequence, base: StepCache, point: Point, seed: i
     config = dataclasses.replace(base, threshold=point.threshold, min_steps=0)
     seconds, worst = 0.0, 1.0
     with apply(pipeline, only=(), step_cache=config) as handle:
-        for stepping in handle.steppings:
+        for stepping in handle.step_caches:
             stepping.take_as_proved()  # by the uncached runs
         for prompt, uncached, _ in runs:
             sample = sampling.generate(pipeline, prompt, seed, call)

@@ -309,7 +309,7 @@ class _Comparison:
             yield pipeline, read
         else:
             with apply(self.pipeline, only=(), step_cache=dataclasses.replace(variant.config, min_steps=0)) as handle:
-                for stepping in handle.steppings if proved else ():
+                for stepping in handle.step_caches if proved else ():
                     stepping.take_as_proved()
                 yield self.pipeline, lambda: _read(handle)
 

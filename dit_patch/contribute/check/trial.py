@@ -14,9 +14,10 @@ from math import isfinite
 import torch
 
 from ...errors import DitPatchError, SiteError, StepCacheError, VersionError
+from ...findings import DitPatchWarning, FindingKind
 from ...handle import Handle, Options, check_versions, patch
 from ...memo.store import Budget
-from ...sites.bind import ABSENT, ABSENT_STAGE, live
+from ...sites.bind import live
 from ...sites.patch import Patch
 from ...spec import mini
 from ...spec.model import Site, Spec
@@ -26,7 +27,6 @@ from . import blocks, probe
 from .cases import Subject
 
 STEPS, TURNS, BYTES = 3, 3, 1 << 30
-_OURS = "dit_patch: "
 _COARSE = ": its key is too coarse"
 
 
@@ -41,7 +41,9 @@ class SiteRecord:
     equal: bool = True
     present: bool = False
     finer: str | None = None
+    too_coarse: bool = False
     unreached: dict[str, None] = field(default_factory=dict)
+    bypassed: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
 
 
@@ -108,7 +110,7 @@ class _Trial:
         spec, patches = self._live(model)
         with self._around():
             self._probe(model, patches, forwards, moments)
-            wrong = blocks.problems(model, self.spec, mini.repeat(forwards))
+            wrong = blocks.problems(model, self.spec, mini.fresh(forwards))
             for problem in wrong:
                 self._problem(problem)
             equal = self._patched(model, spec, forwards, plain, "always", steps=len(set(moments)))
@@ -121,7 +123,7 @@ class _Trial:
         return f"{self.where:<34}  {'  '.join(said)}"
 
     def _around(self) -> AbstractContextManager:
-        return mini.autocast(self.spec, self.dtype, self.device)
+        return mini.precision(self.spec, self.dtype, self.device)
 
     def _live(self, model: torch.nn.Module) -> tuple[Spec, list[Patch]]:
         """The spec without the sites that cannot be made live here, and the patches of the others."""
@@ -135,30 +137,31 @@ class _Trial:
                 record.equal = False
                 self._problem(str(error))
                 continue
-            if note not in (ABSENT, ABSENT_STAGE):
+            if note is None or note.kind not in (FindingKind.ABSENT, FindingKind.ABSENT_STAGE):
                 record.present = True
                 if note:
-                    record.notes[note] = None
+                    record.notes[note.note] = None
             good.append(site)
             patches += [each for each in made if isinstance(each, Patch) and site.key]
         return self.spec.model_copy(update={"sites": tuple(good)}), patches
 
     def _probe(self, model: torch.nn.Module, patches: list[Patch], forwards: list[dict], moments: list) -> None:
-        calls = probe.record(model, self.spec, patches, mini.repeat(forwards), moments)
+        calls = probe.record(model, self.spec, patches, mini.fresh(forwards), moments)
         for at, several in calls.items():
             site = self.result.sites[at].site
             for own in several:
                 self._too_coarse(site, own)
         if self.dtype is self.subject.dtypes[0] and self.subject.weights is None:
             keys = {patch.site.at: patch.site.key for patch in patches}
-            for at, causes in probe.uncounted(model, self.spec, patches, mini.repeat(forwards)[0], keys).items():
+            for at, causes in probe.uncounted(model, self.spec, patches, mini.fresh(forwards)[0], keys).items():
                 self._uncounted(self.result.sites[at], causes)
 
     def _too_coarse(self, site: Site, calls: list[probe.Call]) -> None:
         found = probe.too_coarse(calls, site.key)
         if found is not None:
             one, other, finer = found
-            self.result.sites[site.at].equal = False
+            record = self.result.sites[site.at]
+            record.equal, record.too_coarse = False, True
             remedy = f"`{finer}` would tell them apart" if finer else "no one argument tells them apart; see `reads`"
             self._problem(
                 f"{self.spec.label(site)}{_COARSE}: it takes the calls in forwards {one.forward} and "
@@ -172,7 +175,8 @@ class _Trial:
         where = f"{self.spec.label(record.site)}{_COARSE}"
         arguments = [cause for cause in causes if cause.startswith("model.")]
         weights = [cause for cause in causes if cause not in arguments]
-        if arguments and not any(said.startswith(where) for said in self._coarse()):
+        if arguments and not record.too_coarse:
+            record.too_coarse = True
             missing = ", ".join(f"{name}: [identity]" for name in arguments)
             self._problem(f"{where}: its results change with arguments of the model that do not count: `{missing}`")
         if weights:
@@ -199,11 +203,11 @@ class _Trial:
         return where is None
 
     def _note(self, handle: Handle, steps: int) -> None:
-        [member] = handle._members
+        [patched] = handle.patched_models
         for row in handle.stats():
             record = self.result.sites[row.at]
             calls = row.hits + row.misses + sum(row.bypassed.values())
-            if not calls and member.sites.get(row.at):
+            if not calls and patched.sites.get(row.at):
                 record.unreached[self.subject.name] = None
             record.calls += calls
             # Where it gets what another site has kept, only the patched model shows how often the key is new.
@@ -213,14 +217,14 @@ class _Trial:
                     f"calls seen here this would do: {self.finer[row.at]}"
                 )
             record.hits += row.hits
-            for site_patch in member.sites.get(row.at, ()):
+            for site_patch in patched.sites.get(row.at, ()):
                 memo = site_patch.memo
                 record.seconds = min(record.seconds, memo.seconds)
                 unequal = isinstance(site_patch, Patch) and site_patch.site.use and site_patch.replacement is None
                 if memo.off or unequal:
                     record.equal = False
             for reason in row.bypassed:
-                record.notes[f"bypassed: {reason}"] = None
+                record.bypassed[f"bypassed: {reason}"] = None
 
     def _times(self, model: torch.nn.Module, spec: Spec, forwards: list[dict]) -> list[str]:
         """Unpatched over patched time of all forwards, medians of turns side by side."""
@@ -258,7 +262,7 @@ class _Trial:
         return [f"equal with a step cache that skips nothing: {_yes(where is None)}"]
 
     def _patch(self, model: torch.nn.Module, spec: Spec, check: str, step_cache: StepCache | None = None) -> Handle:
-        options = Options(None, None, BYTES, check, False, (), step_cache)
+        options = Options(max_bytes=BYTES, check=check, step_cache=step_cache)
         return patch(model, {"model": (model, spec)}, options)
 
     @contextmanager
@@ -268,16 +272,16 @@ class _Trial:
             warnings.simplefilter("always")
             yield
         for each in caught:
-            text = str(each.message)
-            if not text.startswith(_OURS) or " was not reached in " in text:  # that is judged in the end
-                continue
-            text = text.removeprefix(_OURS)
+            finding = each.message.finding if isinstance(each.message, DitPatchWarning) else None
+            if finding is None or finding.kind is FindingKind.UNREACHED or finding.kind is FindingKind.DISPLACED:
+                continue  # what is not reached is judged in the end
             # Where a key is too coarse, the probe has said so already, and what would help.
-            if not any(said.partition(_COARSE)[0] == text.partition(": a cached result")[0] for said in self._coarse()):
-                self._problem(text)
+            if finding.kind is not FindingKind.TOO_COARSE or finding.site not in self._coarse():
+                self._problem(finding.warning)
 
-    def _coarse(self) -> list[str]:
-        return [problem for problem in self.result.problems if _COARSE in problem]
+    def _coarse(self) -> set[str]:
+        """Return the sites whose key is known to be too coarse, as findings name them."""
+        return {self.spec.called(each.site) for each in self.result.sites.values() if each.too_coarse}
 
     def _problem(self, text: str) -> None:
         self.result.problems[text] = None
@@ -312,8 +316,7 @@ def _judge(result: Result, *, whole: bool) -> None:
 
 
 def _why(record: SiteRecord) -> str:
-    bypassed = [note for note in record.notes if note.startswith("bypassed")]
-    return "; ".join(bypassed) or "its results differ from call to call, and there is nothing to keep"
+    return "; ".join(record.bypassed) or "its results differ from call to call, and there is nothing to keep"
 
 
 def text(result: Result) -> str:
@@ -332,7 +335,7 @@ def _table(result: Result) -> list[str]:
         equal = "NO" if not record.equal else "yes" if record.hits else "-"
         took = f"{record.seconds * 1e6:.0f} us" if isfinite(record.seconds) else "-"
         lines.append(f"  {at:<{width}}  {record.site.kind:<8}  {record.calls:>6}  {record.hits:>6}  {equal:<5}  {took}")
-        lines += [f"  {'':<{width}}    {note}" for note in record.notes]
+        lines += [f"  {'':<{width}}    {note}" for note in (*record.notes, *record.bypassed)]
     return lines
 
 

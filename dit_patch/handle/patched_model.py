@@ -1,0 +1,155 @@
+"""One patched model of a handle: its spec, its live sites, and the scope that watches its forward."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..findings import Finding, FindingKind, warn
+from ..report.rows import SiteStats, site_stats
+from ..sites import layers, resolve, scope
+from ..sites.bind import live
+from ..sites.patch import Patch
+from ..sites.scope import Frame, Scope
+from ..sites.span import Span
+from ..spec.model import Site, Spec
+from ..step_cache.live import Stepping
+from .reach import Reach
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
+"""Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
+
+
+class PatchedModel:
+    """A model that `handle` patches by `spec`; `name` is the model's in its pipeline."""
+
+    def __init__(self, handle: Handle, name: str, model: torch.nn.Module, spec: Spec) -> None:
+        self.handle, self.name, self.model, self.spec = handle, name, model, spec
+        #: What is live, by the addresses of the sites.
+        self.sites: dict[str, list[Patch | Span]] = {}
+        #: What was noticed of a site, by its address.
+        self.findings: dict[str, Finding] = {}
+        self.scope: Scope | None = None
+        self.step_cache: Stepping | None = None
+        #: Whether the model has been called since.
+        self.was_called = False
+        self._reach = Reach(model, self.sites)
+        self._device: torch.device | None = None
+
+    def __repr__(self) -> str:
+        return f"<PatchedModel {self.name}: {type(self.model).__name__} by {self.spec.name}, {len(self.sites)} sites>"
+
+    @property
+    def patches(self) -> list[Patch | Span]:
+        """All that is live, in the order of the spec."""
+        return [patch for patches in self.sites.values() for patch in patches]
+
+    def install(self, target: Any) -> None:
+        """Bind every site that is wanted, install them, and watch the model's forwards.
+
+        Raises:
+            SiteError: the spec does not fit the model.
+            StepCacheError: step caching was asked for, and cannot be had.
+        """
+        for site in filter(self.handle.options.wants, self.spec.sites):
+            self._bind(site, target)
+        if resolve.own_forward(self.model, self.spec.classes):
+            self._warn_of_own_forward()
+        for patch in self.patches:
+            patch.install()
+        self.handle.clear_after(self.model, _EDITS)
+        self.scope = Scope(self.model, self._on_forward_end, self._on_forward_start, self.spec.parameters, self.handle)
+        if any(isinstance(patch, Span) for patch in self.patches):
+            self.handle.add_layer(layers.install(self.model, "forward", self._end_spans))
+        if self.handle.options.step_cache is not None:
+            self.step_cache = Stepping(self.name, self.model, self.spec, target, self.handle.options.step_cache)
+            self.step_cache.install()
+
+    def repair(self, target: Any = None) -> None:
+        """Put back what another library has displaced, and add what only `target`, the pipeline, has."""
+        for site in filter(self.handle.options.wants, self.spec.sites):
+            if site.at.startswith("pipeline:") and site.at not in self.sites and resolve.stages(target, self.model):
+                self._bind(site, target)
+        for patch in self.patches:
+            patch.install()
+        if self.step_cache is not None:
+            self.step_cache.repair(target)
+        for at in self._reach.forget():
+            self.findings.pop(at, None)
+
+    def rows(self) -> list[SiteStats]:
+        """Return the report's row of each site that is wanted."""
+        return [
+            site_stats(
+                self.name,
+                self.model,
+                self.spec.name,
+                site,
+                self.sites.get(site.at, ()),
+                self.findings.get(site.at),
+                was_called=self.was_called,
+            )
+            for site in self.spec.sites
+            if self.handle.options.wants(site)
+        ]
+
+    def _bind(self, site: Site, target: Any) -> None:
+        """Make a site live, or note why it is not."""
+        options, budget = self.handle.options, self.handle.budget
+        patches, finding = live(
+            self.spec, site, self.model, target, budget=budget, check=options.check, fixes=options.fixes
+        )
+        self.findings.pop(site.at, None)
+        if patches:
+            self.sites[site.at] = patches
+        if finding is not None:
+            self.findings[site.at] = finding
+
+    def _warn_of_own_forward(self) -> None:
+        expected = (FindingKind.ABSENT, FindingKind.ABSENT_STAGE)
+        left_out = [at for at, found in self.findings.items() if at not in self.sites and found.kind not in expected]
+        if left_out:
+            classes = " or ".join(name.rpartition(".")[2] for name in self.spec.classes)
+            detail = (
+                f"{type(self.model).__name__} has a forward of its own, other than that of {classes}, for which "
+                f"{self.spec.name} was written; left alone: {', '.join(left_out)}."
+            )
+            warn(Finding(FindingKind.OWN_FORWARD, detail=detail), stacklevel=5)
+
+    def _on_forward_start(self, frame: Frame) -> None:
+        self.was_called = True
+        self.handle.budget.begin()
+        leaving, spans = self._concerned
+        if leaving and frame.device != self._device:
+            self._device = frame.device
+            for patch in leaving:
+                patch.moved()
+        for span in spans:
+            span.begin()
+
+    @cached_property
+    def _concerned(self) -> tuple[list[Patch], list[Span]]:
+        """The patches that a new device matters to, and the spans that begin where a forward does."""
+        leaving = [patch for patch in self.patches if isinstance(patch, Patch) and patch.leaves_something]
+        return leaving, [span for span in self.patches if isinstance(span, Span) and span.start is None]
+
+    def _on_forward_end(self, frame: Frame) -> None:
+        if self.step_cache is not None:
+            self.step_cache.saw_forward()
+        for finding in self._reach.findings(frame):
+            self.findings[finding.site] = finding
+            if finding.kind.value.warning is not None:
+                warn(finding, stacklevel=2)
+
+    def _end_spans(self, original, instance, args, kwargs):
+        try:
+            return original(*args, **kwargs)
+        finally:  # for an interrupt, torch runs no hooks
+            frame = scope.current()
+            if frame is not None and frame.model is self.model:
+                frame.close()

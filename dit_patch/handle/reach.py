@@ -1,0 +1,72 @@
+"""Which sites the forwards of a model reach, so that a site at which nothing is cached is never silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..findings import Finding, FindingKind
+from ..sites import resolve
+from ..sites.patch import Patch
+from ..sites.scope import Frame
+from ..sites.span import Span
+
+
+class Reach:
+    """What is known of the sites of one model after its forwards; `sites` holds what is live, by address."""
+
+    def __init__(self, model: torch.nn.Module, sites: Mapping[str, Sequence[Patch | Span]]) -> None:
+        self.model, self.sites = model, sites
+        self.reached: set[str] = set()
+        self.reported: set[str] = set()
+        self.compiled: dict[str, bool] = {}  # of sites that were not reached: whether compiled code has them
+
+    def __repr__(self) -> str:
+        return f"<Reach of {type(self.model).__name__}: {len(self.reached)} of {len(self.sites)} sites>"
+
+    def findings(self, frame: Frame) -> list[Finding]:
+        """Return what there is to say of the sites that the forward did not reach; a warning only once for each."""
+        return [found for at, live in self.sites.items() if (found := self._finding(frame, at, live)) is not None]
+
+    def forget(self) -> list[str]:
+        """Begin anew after a repair; returns the addresses of the sites that were reported."""
+        reported = list(self.reported)
+        self.reported.clear()
+        self.compiled.clear()
+        return reported
+
+    def _finding(self, frame: Frame, at: str, live: Sequence[Patch | Span]) -> Finding | None:
+        if at in self.reported or at.startswith("pipeline:"):
+            return None
+        if any(patch in frame.calls for patch in live):
+            self.reached.add(at)
+            return None
+        kind = FindingKind.UNREACHED
+        if any(patch.displaced for patch in live):
+            kind = FindingKind.DISPLACED
+        elif at in self.reached:  # a site inside another is called only where that one has no result
+            return None
+        elif self._is_compiled(at):
+            return Finding(FindingKind.COMPILED, at)
+        elif live[0].site.optional:
+            return None
+        self.reported.add(at)
+        return Finding(kind, at, type(self.model).__name__)
+
+    def _is_compiled(self, at: str) -> bool:
+        """Return whether the site, which was not reached, is inside compiled code; looked up once."""
+        if at not in self.compiled:
+            self.compiled[at] = _is_inside_compiled_code(self.model, at)
+        return self.compiled[at]
+
+
+def _is_inside_compiled_code(model: torch.nn.Module, at: str) -> bool:
+    path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
+    if ":" in at:
+        # Who calls a global cannot be told from outside.
+        return any(map(resolve.compiled, model.modules()))
+    if "*" in path:
+        owners = resolve.branches(model, path, at)
+        return all(resolve.compiled_along(model, resolve.filled_in(path, stars)) for _, stars in owners)
+    return bool(path) and resolve.compiled_along(model, path)

@@ -1,0 +1,152 @@
+"""All or nothing: which models are patched by which spec, and patching them so that a failure leaves none patched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib import metadata
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from ..errors import DitPatchError, UnsupportedModelError, VersionError, quote
+from ..findings import Finding, FindingKind, warn
+from ..sites import resolve
+from ..sites.scope import forget_copies
+from ..spec.model import Spec
+from ..spec.registry import Registry
+from .handle import Handle, handle_of
+from .options import Options
+
+Chosen = Mapping[str, tuple[torch.nn.Module, Spec]]
+"""Models by their names in the pipeline, each with its spec."""
+
+
+def patch(target: Any, chosen: Chosen, options: Options) -> Handle:
+    """Patch models of `target`, each by its spec.
+
+    Raises:
+        SiteError, StepCacheError: one of them cannot be patched, so none is.
+        DitPatchError: there was nothing to patch.
+    """
+    with ExitStack() as undo:
+        handle = Handle(options)
+        undo.callback(handle.take_back)
+        for name, (model, spec) in chosen.items():
+            forget_copies(model)
+            handle.add(name, model, spec, target)
+        handle.watch(target)
+        undo.pop_all()
+    if not options.step_cache and not any(model.patches for model in handle.patched_models):
+        handle.remove()
+        names = ", ".join(dict.fromkeys(spec.name for _, spec in chosen.values()))
+        what = f"site of kind {' or '.join(options.only)}" if options.only else "site"
+        raise DitPatchError(f"nothing to patch: no {what} of {names} is in {', '.join(chosen)}")
+    for name, (model, _) in chosen.items():
+        if resolve.compiled_in(target, model):
+            warn(Finding(FindingKind.COMPILED_WHOLE, detail=f"{name} ({type(model).__name__})"), stacklevel=3)
+    return handle
+
+
+def with_specs(
+    models: dict[str, torch.nn.Module], registry: Registry, names: Iterable[str] | None = None
+) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """Pair each model with its spec; keep only specs in `names`, if given, else those that are on by default.
+
+    Raises:
+        UnsupportedModelError: there is no spec for any of them, or none that is on.
+    """
+    known = _known(models, registry)
+    chosen = {name: each for name, each in known.items() if each[1].is_wanted(names)}
+    if chosen:
+        return chosen
+    if known and names:
+        others = ", ".join(f"{name} ({spec.name})" for name, (_, spec) in known.items())
+        raise UnsupportedModelError(f"only: no model is for {' or '.join(map(quote, names))}; there are: {others}")
+    raise UnsupportedModelError("\n".join(_why_none(models, known, registry)))
+
+
+def existing_handle(models: list[torch.nn.Module], options: Options) -> Handle | None:
+    """Return the handle that has patched all these models with these options already; None if none has.
+
+    What `dit-patch run` patched by itself gives way to what the program asks for.
+
+    Raises:
+        DitPatchError: another handle, or other options.
+    """
+    handles = [handle_of(model) for model in models]
+    for handle in filter(None, handles):
+        if handle.automatic and (handle.options != options or handle is not handles[0]):
+            handle.remove()
+    handles = [handle_of(model) for model in models]
+    if not any(handles):
+        return None
+    if any(handle is not handles[0] for handle in handles):
+        raise DitPatchError(
+            "some of these models are patched by another handle already; call its remove() before applying again"
+        )
+    if handles[0].options != options:
+        raise DitPatchError(
+            f"already patched with other options: {handles[0].options}\n"
+            f"    now asked for: {options}\n"
+            "    Call handle.remove() first."
+        )
+    return handles[0]
+
+
+def check_versions(spec: Spec, strict: bool) -> None:
+    """Raise VersionError if an installed package is not one that the spec's `requires` allows; or only warn."""
+    for line in spec.requires:
+        requirement = Requirement(line)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            problem, otherwise = f"{spec.name} needs {line}, which is not installed: pip install '{line}'", ""
+        else:
+            if requirement.specifier.contains(version, prereleases=True):
+                continue
+            problem, otherwise = (
+                f"{spec.name} needs {line}; {version} is installed.",
+                " Pass strict=False to try anyway.",
+            )
+        if strict:
+            raise VersionError(problem + otherwise)
+        warn(Finding(FindingKind.OTHER_VERSION, detail=problem), stacklevel=3)
+
+
+def _known(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """Pair models with their specs; a model without one is looked into, and those inside it go by their paths."""
+    known: dict[str, tuple[torch.nn.Module, Spec]] = {}
+    seen: set[torch.nn.Module] = set()
+
+    def look(path: str, module: torch.nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        spec = registry.find(type(module))
+        if spec is not None:
+            known[path] = module, spec
+            return
+        for name, child in module.named_children():
+            look(f"{path}.{name}", resolve.unwrap(child))
+
+    for name, model in models.items():
+        look(name, model)
+    return known
+
+
+def _why_none(models: dict[str, torch.nn.Module], known: Chosen, registry: Registry) -> Iterator[str]:
+    """Say of each model why it is not patched, where no spec was named."""
+    unknown = [model for name, model in models.items() if not any(f"{path}.".startswith(f"{name}.") for path in known)]
+    if unknown or not models:
+        what = [f"{type(model).__name__} ({type(model).__module__})" for model in unknown]
+        yield (
+            f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"
+            f'    Known: {", ".join(registry.names()) or "none"}. Write one: README, "A spec for your model".'
+        )
+    for path, (_, spec) in known.items():
+        yield (
+            f"{path}: {spec.name} is off by default: {spec.off_by_default}\n"
+            f'    Ask for it by name: only=["{spec.name}"], or --patch-model {spec.name}.'
+        )
