@@ -20,10 +20,20 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(worker_group(item)))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def worker_group(item) -> str:
+    """Name what goes to one worker of `pytest -n`: a file, whose fixtures are then made once, or what `spread` says."""
+    spread = item.get_closest_marker("spread")
+    if spread is None:
+        return item.path.stem
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    shared = [str(parameters.get(name, name)) for name in spread.args if name in item.fixturenames]
+    return " ".join([item.path.stem, *shared]) if shared else item.nodeid.replace("@", " ")
 
 
 def skip_unless_installed(spec) -> None:

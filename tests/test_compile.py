@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import dit_patch
 from dit_patch.contribute import verify
 
+pytestmark = pytest.mark.spread()
+
 WHOLE = "compiled as a whole"
 
 

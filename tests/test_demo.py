@@ -11,6 +11,8 @@ import torch
 from dit_patch.errors import DitPatchError
 from dit_patch.pipelines import demo, tiny_pipelines
 
+pytestmark = pytest.mark.spread()
+
 for module in demo.NEEDED:
     pytest.importorskip(module)
 

@@ -29,7 +29,10 @@ from dit_patch.memo.keys import same_bits
 from dit_patch.memo.lookup import Memo
 from dit_patch.spec.registry import Registry
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python")
+pytestmark = [
+    pytest.mark.spread("name"),
+    pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python"),
+]
 
 SPECS = {spec.name: spec for spec in Registry(plugins=False)}
 CASES = [

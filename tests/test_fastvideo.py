@@ -18,6 +18,8 @@ from dit_patch.spec.registry import Registry
 
 pytest.importorskip("fastvideo")
 
+pytestmark = pytest.mark.spread("name")
+
 SPECS = [name for name in Registry(plugins=False).names() if name.startswith("fastvideo/")]
 
 

@@ -25,7 +25,10 @@ from dit_patch.memo.keys import same_bits
 from dit_patch.sites.scope import current
 from dit_patch.spec.registry import Registry
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these pipelines are put together for the CPU")
+pytestmark = [
+    pytest.mark.spread("name"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="these pipelines are put together for the CPU"),
+]
 
 # Each with what it changes in the transformer's configuration, and the size of its latents. Of the three blocks of a
 # short Matrix-Game 2 two fill the window, and the third evicts from it.

@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dit_patch.contribute import verify
 from dit_patch.sites.layers import Wrapped
 
+pytestmark = pytest.mark.spread()
+
 CPU = torch.device("cpu")
 ROPE = "rope.forward"
 

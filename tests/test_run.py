@@ -25,6 +25,8 @@ from conftest import skip_unless_installed
 
 from dit_patch.spec.registry import Registry
 
+pytestmark = pytest.mark.spread("real")
+
 HERE = Path(__file__).parent
 DIT_PATCH = [sys.executable, "-m", "dit_patch.cli"]
 RUN = [*DIT_PATCH, "run"]

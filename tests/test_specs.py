@@ -17,6 +17,8 @@ from dit_patch.memo.store import map_tensors
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
 
+pytestmark = pytest.mark.spread("name")
+
 SPECS = {spec.name: spec for spec in Registry(plugins=False)}
 CASES = [(name, variant) for name, spec in SPECS.items() for variant in (None, *spec.mini.variants)]
 STEPS = 4

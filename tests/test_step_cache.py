@@ -20,6 +20,8 @@ from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
 from dit_patch.step_cache import guards
 
+pytestmark = pytest.mark.spread("name")
+
 REGISTRY = Registry(plugins=False)
 SUPPORTED = [spec.name for spec in REGISTRY if spec.step_cache and spec.step_cache.supported]
 REFUSED = [spec.name for spec in REGISTRY if spec.step_cache and not spec.step_cache.supported]
