@@ -83,7 +83,7 @@ def train(model, arguments):
     model.requires_grad_(True).train()
     model.zero_grad()
     arguments = {
-        name: map_tensors(torch.clone, value) if isinstance(value, mini.Carried) else value
+        name: map_tensors(torch.clone, value) if isinstance(value, mini.KVCaches) else value
         for name, value in arguments.items()
     }
     try:
@@ -166,7 +166,7 @@ def test_masks_are_built_where_a_layer_has_no_cache(tiny):
     action = "_prepare_blockwise_causal_attn_mask_action"
     assert counts(handle, "_prepare_blockwise_causal_attn_mask") == (5, 1)
     assert counts(handle, action) == (11, 1) and row(handle, action).nbytes > 0
-    some = [{**call, "kv_cache_mouse": mini.Carried([None] * 3)} for call in calls]
+    some = [{**call, "kv_cache_mouse": mini.KVCaches([None] * 3)} for call in calls]
     each.agree(some)
     assert counts(handle, action) == (23, 1)
 
@@ -433,8 +433,8 @@ def test_in_half_precision_its_models_run_under_autocast_and_nothing_else_does()
     calls = list(mini.forwards(case, case.sizes[0], steps=1, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="dtype"):
         verify.run(model, calls)
-    with mini.precision(spec, torch.bfloat16, "cpu"):
+    with mini.autocast(spec, torch.bfloat16, "cpu"):
         assert verify.run(model, calls)[0][0].isfinite().all()
     for name, dtype in (("fastvideo/matrixgame2", torch.float32), ("diffusers/wan", torch.bfloat16)):
-        with mini.precision(Registry().get(name), dtype, "cpu"):
+        with mini.autocast(Registry().get(name), dtype, "cpu"):
             assert not torch.is_autocast_enabled("cpu")

@@ -122,9 +122,9 @@ def test_a_graph_of_a_world_model_s_warm_forward_replays_to_equal_bits(name):
     # The last forwards of the first block of frames, with KV caches whose indices are Python integers.
     warm, last = forwards[: 3 * passes : passes], forwards[3 * passes]
     for arguments in (*warm, last):
-        for cache in {id(each): each for each in arguments.values() if isinstance(each, mini.Carried)}.values():
+        for cache in {id(each): each for each in arguments.values() if isinstance(each, mini.KVCaches)}.values():
             integer_indices(cache)
-    ours, theirs = mini.fresh([*warm, last]), mini.fresh([*warm, last])
+    ours, theirs = mini.repeat([*warm, last]), mini.repeat([*warm, last])
     with torch.no_grad(), dit_patch.apply(model):
         for one, other in zip(ours[:-1], theirs[:-1]):
             model(**one), plain(**other)

@@ -384,6 +384,14 @@ class TestDiffusers:
         config.setup(0, 2, CPU, mesh=mesh)
         assert list(diffusers_internals.parallel_groups(SimpleNamespace(_parallel_config=config))) == [mesh]
 
+    def test_attention_backend(self):
+        from diffusers.models.attention_dispatch import attention_backend
+
+        before = diffusers_internals.attention_backend()
+        with attention_backend("_native_math"):
+            assert diffusers_internals.attention_backend() != before
+        assert diffusers_internals.attention_backend() == before
+
     def test_t5_embeddings(self):
         from diffusers import WanPipeline
 

@@ -170,12 +170,12 @@ def _give_caches_of(stage: Any, forwards: list[dict[str, Any]], size: Mapping[st
         caches = made.get(id(arguments["kv_cache"]))
         if caches is None:
             new = stage._initialize_kv_cache(batch_size=1, dtype=torch.float32, device=torch.device(DEVICE))
-            caches = made[id(arguments["kv_cache"])] = {"kv_cache": mini.Carried(new)}
+            caches = made[id(arguments["kv_cache"])] = {"kv_cache": mini.KVCaches(new)}
             if hasattr(stage, "_initialize_action_kv_cache"):
                 mouse, keys = stage._initialize_action_kv_cache(
                     batch_size=1, dtype=torch.float32, device=torch.device(DEVICE)
                 )
-                caches |= {"kv_cache_mouse": mini.Carried(mouse), "kv_cache_keyboard": mini.Carried(keys)}
+                caches |= {"kv_cache_mouse": mini.KVCaches(mouse), "kv_cache_keyboard": mini.KVCaches(keys)}
             made[id(caches["kv_cache"])] = caches
         arguments.update(caches)
 

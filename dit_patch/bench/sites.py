@@ -169,9 +169,9 @@ def kernels(spec: Spec, device: str, seconds: float) -> Iterator[Row]:
         case = spec.mini.case(variant)
         model = mini.build(spec, case).to(device)
         forwards = list(mini.forwards(case, case.sizes[0], steps=3, device=device))
-        plain = _operations(model, mini.fresh(forwards))
+        plain = _operations(model, mini.repeat(forwards))
         with apply(model, only=spec.name):
-            patched = _operations(model, mini.fresh(forwards))
+            patched = _operations(model, mini.repeat(forwards))
         yield Row("kernels", spec.name, variant or "mini", "operations per forward", "", plain, patched)
 
 

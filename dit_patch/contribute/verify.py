@@ -13,7 +13,7 @@ from ..handle import apply
 from ..memo.keys import same_bits
 from ..memo.store import tensors_in
 from ..report.rows import SiteStats
-from ..spec.mini import fresh
+from ..spec.mini import repeat
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def run(model: torch.nn.Module, forwards: Iterable[Mapping[str, Any]]) -> list[l
     """The output tensors of each forward, without autograd; copied, lest a later forward writes into them."""
     outputs = []
     with torch.no_grad():
-        for arguments in fresh(forwards):
+        for arguments in repeat(forwards):
             result = model(**arguments)
             result = tuple(result.values()) if isinstance(result, Mapping) else result
             outputs.append([tensor.clone() for tensor in tensors_in(result)])

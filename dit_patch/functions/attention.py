@@ -6,17 +6,17 @@ from collections.abc import Hashable
 
 import torch
 
+from ..upstream import diffusers_internals
+
 
 def backends() -> Hashable:
     """For `reads:` diffusers' attention backend, and those that torch may choose from.
 
     `model.set_attention_backend()` sets diffusers' own for all models besides the model's.
     """
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
     cuda = torch.backends.cuda
     return (
-        str(_AttentionBackendRegistry.get_active_backend()[0]),
+        diffusers_internals.attention_backend(),
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),

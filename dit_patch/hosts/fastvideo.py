@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import SpecError, suggest
-from ..spec.mini import Carried, noise, seed_of
+from ..spec.mini import KVCaches, noise, seed_of
 
 _for_good = ExitStack()
 _FLEX_USERS = ("causal_wanvideo", "matrixgame2.causal_model", "matrixgame2.action_module")
@@ -199,14 +199,14 @@ def _rollout(
                 yield _Call(block, shared, states[each])
 
 
-def _caches(layers: int, new: _New, batch: int, size: int, heads: int, width: int, *, cross: bool = False) -> Carried:
+def _caches(layers: int, new: _New, batch: int, size: int, heads: int, width: int, *, cross: bool = False) -> KVCaches:
     """A KV cache for each layer, with what says how far it is filled: indices, or `is_init` for cross-attention."""
 
     def cache() -> dict[str, Any]:
         far = {"is_init": False} if cross else {"global_end_index": new.index(), "local_end_index": new.index()}
         return {"k": new.zeros(batch, size, heads, width), "v": new.zeros(batch, size, heads, width), **far}
 
-    return Carried(cache() for _ in range(layers))
+    return KVCaches(cache() for _ in range(layers))
 
 
 def _use_sdpa_on_the_cpu() -> None:

@@ -12,7 +12,7 @@ Complaint = tuple[Loc, str]
 
 
 class Declared(BaseModel):
-    """What every part of a spec is: frozen, closed to unknown keys, and able to break several rules at once."""
+    """A part of a spec: frozen, closed to unknown keys, and checked by rules of which several may be broken at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -20,7 +20,7 @@ class Declared(BaseModel):
     def _keep_the_rules(self) -> Self:
         complaints = [*self._empty(), *self._broken_rules()]
         if complaints:
-            raise ValidationError.from_exception_data(type(self).__name__, [_line(*each) for each in complaints])
+            raise ValidationError.from_exception_data(type(self).__name__, [_error(*each) for each in complaints])
         return self
 
     def _empty(self) -> Iterator[Complaint]:
@@ -29,12 +29,13 @@ class Declared(BaseModel):
                 yield (name,), "is empty; give it a value or leave the key out"
 
     def _broken_rules(self) -> Iterator[Complaint]:
-        """Each rule across several keys that this part breaks, with where in it."""
+        """Yield what is wrong with several keys together, each as a path within this part and a sentence."""
         yield from ()
 
     def _given(self, *names: str) -> list[str]:
+        """Return those of the names that the spec gives a value."""
         return [name for name in names if name in self.model_fields_set]
 
 
-def _line(loc: Loc, message: str) -> InitErrorDetails:
+def _error(loc: Loc, message: str) -> InitErrorDetails:
     return InitErrorDetails(type=PydanticCustomError("rule", "{text}", {"text": message}), loc=loc, input=None)

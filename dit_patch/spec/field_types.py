@@ -1,7 +1,7 @@
-"""The words of a spec: how an address, a key, a facet or a size is written, and what each choice is to choose from.
+"""The types of a spec's fields: how an address, a key, a facet or a size is written, and what there is to choose from.
 
-They are types for pydantic: checked in words when a spec is read, and patterns and choices in the JSON Schema. It knows
-nothing about what a word is for, or which of them go together; that is for `spec` to say.
+They are types for pydantic: checked when a spec is read, with a message in plain words, and patterns and choices in the
+JSON Schema. What a field is for, and which of them go together, is for `model` and `recipe` to say.
 """
 
 import re
@@ -26,8 +26,8 @@ _LOCAL = rf"{_MODULE}:{_MODULE}\.<locals>\.{_IDENTIFIER}"
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A string that matches a pattern from end to end, which messages describe as `words`."""
+class _Pattern:
+    """A string that matches a pattern from end to end; messages say that it "is not `words`" where it does not."""
 
     pattern: str
     words: str
@@ -44,13 +44,13 @@ class _Shape:
         return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
 
 
-Identifier = Annotated[str, _Shape(_IDENTIFIER, "a name (letters, digits and `_`)")]
-ClassName = Annotated[str, _Shape(rf"{_IDENTIFIER}\.{_MODULE}", "the dotted name of a class, `package.module.Class`")]
-SpecName = Annotated[str, _Shape(r"[^\s/.][^\s]*", "the name of a spec, such as `diffusers/wan`")]
-SubmodulePath = Annotated[str, _Shape(_PATH, "the path of a submodule, such as `blocks.0.attn` (no `*`)")]
+Identifier = Annotated[str, _Pattern(_IDENTIFIER, "a name (letters, digits and `_`)")]
+ClassName = Annotated[str, _Pattern(rf"{_IDENTIFIER}\.{_MODULE}", "the dotted name of a class, `package.module.Class`")]
+SpecName = Annotated[str, _Pattern(r"[^\s/.][^\s]*", "the name of a spec, such as `diffusers/wan`")]
+SubmodulePath = Annotated[str, _Pattern(_PATH, "the path of a submodule, such as `blocks.0.attn` (no `*`)")]
 Address = Annotated[
     str,
-    _Shape(
+    _Pattern(
         rf"{_SPAN}|{_ATTRIBUTE}|{_GLOBAL}|{_LOCAL}",
         "an address; it is `path.to.attribute` (`*` is any one step, not the last), `forward:name`, `pipeline:name`, "
         "`package.module:name`, `package.module:Class.method.<locals>.name`, or `a..b` for the span between two "
@@ -59,20 +59,20 @@ Address = Annotated[
 ]
 AttributePath = Annotated[
     str,
-    _Shape(_ATTRIBUTE, "the path of an attribute, such as `blocks.*.attn.table` (`*` is any one step, not the last)"),
+    _Pattern(_ATTRIBUTE, "the path of an attribute, such as `blocks.*.attn.table` (`*` is any one step, not the last)"),
 ]
 Dependency = Annotated[
     str,
-    _Shape(
+    _Pattern(
         rf"{_BRANCH}|{_GLOBAL}",
         "the path of a submodule, such as `blocks.0.attn`, or a function, `package.module:name`",
     ),
 ]
-ModuleName = Annotated[str, _Shape(_MODULE, "the dotted name of a Python module")]
-KeyName = Annotated[str, _Shape(rf"(?:model\.)?{_IDENTIFIER}", "an argument's name; it is `name` or `model.name`")]
-ModelArgument = Annotated[str, _Shape(rf"model\.{_IDENTIFIER}", "an argument of the model's forward, `model.name`")]
-Function = Annotated[str, _Shape(_GLOBAL, "a function, `package.module:name`")]
-Fingerprint = Annotated[str, _Shape("[0-9a-f]{12}", "a source fingerprint, 12 hexadecimal digits (0-9, a-f)")]
+ModuleName = Annotated[str, _Pattern(_MODULE, "the dotted name of a Python module")]
+KeyName = Annotated[str, _Pattern(rf"(?:model\.)?{_IDENTIFIER}", "an argument's name; it is `name` or `model.name`")]
+ModelArgument = Annotated[str, _Pattern(rf"model\.{_IDENTIFIER}", "an argument of the model's forward, `model.name`")]
+Function = Annotated[str, _Pattern(_GLOBAL, "a function, `package.module:name`")]
+Fingerprint = Annotated[str, _Pattern("[0-9a-f]{12}", "a source fingerprint, 12 hexadecimal digits (0-9, a-f)")]
 
 Kind = Literal["rope", "timestep", "mask", "context", "rotary", "kv_cache"]
 Facet = Literal["shape", "dtype", "device", "identity", "values"]
@@ -88,7 +88,7 @@ Flag = Annotated[bool, Field(strict=True)]
 
 
 def no_repeats(items: tuple[str, ...]) -> tuple[str, ...]:
-    """The items, if each is there once."""
+    """Return the items, if each is there once; ValueError otherwise."""
     seen: set[str] = set()
     for item in items:
         if item in seen:

@@ -1,4 +1,4 @@
-"""The fingerprint of a function's source: whether it still is the one that a replacement was written for."""
+"""The fingerprint of a function's source, by which a replacement knows the original that it was written for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FunctionType
 
 
 def fingerprint(function: Callable) -> str:
-    """Twelve hex digits over the code of `function` and of the functions of its own package that it calls by name.
+    """Return twelve hex digits over the code of `function` and of those functions of its package that it calls by name.
 
     Comments, docstrings and layout do not count. A decorated or wrapped function is seen through.
 
@@ -38,6 +38,7 @@ def _collect(function: Callable, seen: dict[str, str]) -> None:
 
 
 def _bare(source: str) -> str:
+    """Return the source without docstrings, comments and layout."""
     tree = ast.parse(textwrap.dedent(source))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -9,7 +9,7 @@ from ..errors import SpecError
 from .messages import in_words, is_echo
 from .model import Spec
 from .origin import Origin
-from .trust import untrusted
+from .trust import untrusted_code
 from .yaml_reader import Document, parse, read_file
 
 MAX_COMPLAINTS = 50
@@ -60,7 +60,7 @@ def _build(document: Document, name: str, path: Path | None, trusted: bool) -> S
     else:
         complaints.append((document.places[()].value, "a spec is a mapping that begins with `model:`"))
     if not trusted and isinstance(document.data, dict):
-        complaints += untrusted(document)
+        complaints += untrusted_code(document)
     if complaints or spec is None:
         lines = list(dict.fromkeys(f"{document.label(at)}: {message}" for at, message in sorted(complaints)))
         more = [f"{document.file}: and {len(lines) - MAX_COMPLAINTS} more"] if len(lines) > MAX_COMPLAINTS else []

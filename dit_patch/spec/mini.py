@@ -1,4 +1,4 @@
-"""Tiny real models from a spec's `mini:` (or its `bench:` sizes), and the forwards of a denoising loop for them.
+"""Small real models from a spec's `mini:` (or its `bench:` sizes), and the forwards of a denoising loop for them.
 
 Offline and random: weights from a seed, inputs by the recipe. Which inputs are the same tensor from call to call is as
 in pipelines: `new: step` is shared by the passes of a step, `new: pass` by the steps of a generation. A library whose
@@ -23,12 +23,12 @@ from .recipe import Case, Input
 PASSES = ("cond", "uncond")
 
 
-class Carried(list):
-    """An argument that forwards write into and hand on to the next (KV caches), see `fresh`."""
+class KVCaches(list):
+    """The KV caches of a model's layers: an argument that forwards write into and hand on to the next, see `repeat`."""
 
 
 def model_class(spec: Spec) -> type[torch.nn.Module]:
-    """The spec's (first) class, its library prepared for use.
+    """Return the spec's (first) class, after preparing its library for use.
 
     Raises:
         ImportError: where the package is missing or has no such class.
@@ -36,25 +36,27 @@ def model_class(spec: Spec) -> type[torch.nn.Module]:
     host = _host(spec)
     if host is not None:
         host.prepare()
-    return _named(spec.classes[0])
+    return _import_class(spec.classes[0])
 
 
 def make_model(spec: Spec, case: Case) -> torch.nn.Module:
-    """The spec's (first) model with the case's configuration, on the default device."""
+    """Build the spec's (first) model with the case's configuration, on the default device."""
     cls, host = model_class(spec), _host(spec)
     return cls(**case.config) if host is None else host.build(cls, case.config)
 
 
 def build(spec: Spec, case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    """The spec's (first) model with the case's configuration and random weights, in eval mode."""
+    """Build the spec's (first) model with the case's configuration and random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_model(spec, case).eval().to(dtype)
 
 
-def precision(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> AbstractContextManager:
-    """What the model's forwards run under: FastVideo's stages keep some of what they pass on in float32, and rely on
-    autocast for the rest."""
+def autocast(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> AbstractContextManager:
+    """Return the autocast that the library's pipelines run the model under, if any; else a context that does nothing.
+
+    FastVideo's stages pass on some arguments in float32, and rely on autocast where the model is in another dtype.
+    """
     fastvideo = spec.mini is not None and spec.mini.host == "dit_patch.hosts.fastvideo"
     mixed = fastvideo and dtype is not torch.float32
     return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
@@ -70,7 +72,13 @@ def forwards(
     device: torch.device | str = "cpu",
     generation: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The keyword arguments of every forward of one generation, in order: each step's passes one after the other."""
+    """Yield the keyword arguments of each forward of one generation: step after step, each with all its passes.
+
+    Args:
+        case: says how to make the arguments.
+        size: one of the case's sizes, what names in shapes stand for.
+        generation: a number; the arguments of another generation have other contents.
+    """
     if case.rollout is not None:
         module, _, name = case.rollout.partition(":")
         rollout = getattr(import_module(module), name)
@@ -87,32 +95,32 @@ def forwards(
                 when = {"generation": (), "pass": (number,), "step": (step,), "call": (step, number)}[recipe.new]
                 if (name, when) not in made:
                     seed = seed_of(name, generation, recipe.new, when)
-                    value = make(recipe, names, dtype=dtype, seed=seed, step=step, number=number)
+                    value = make_input(recipe, names, dtype=dtype, seed=seed, step=step, number=number)
                     made[name, when] = map_tensors(lambda tensor: tensor.to(device), value)
                 arguments[name] = made[name, when]
             yield arguments
 
 
-def fresh(forwards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same forwards to run once more: what they write into is copied, each object once."""
+def repeat(forwards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the same forwards to run once more, with copies of the KV caches: what is the same object stays so."""
     forwards = list(forwards)  # so that no object's id is used again
-    copies: dict[int, Carried] = {}
+    copies: dict[int, KVCaches] = {}
 
-    def own(value: Any) -> Any:
-        if isinstance(value, Carried):
+    def copy(value: Any) -> Any:
+        if isinstance(value, KVCaches):
             if id(value) not in copies:
                 copies[id(value)] = map_tensors(torch.clone, value)
             return copies[id(value)]
         return value
 
-    return [{name: own(value) for name, value in arguments.items()} for arguments in forwards]
+    return [{name: copy(value) for name, value in arguments.items()} for arguments in forwards]
 
 
-def make(recipe: Input, size: Mapping[str, int], *, dtype: torch.dtype, seed: int, step: int, number: int) -> Any:
-    """One input by its recipe: a literal, or CPU tensors whose shapes' names are looked up in `size`."""
+def make_input(recipe: Input, size: Mapping[str, int], *, dtype: torch.dtype, seed: int, step: int, number: int) -> Any:
+    """Make one argument by its recipe: a plain value, or CPU tensors, with names in shapes looked up in `size`."""
     if recipe.items:
         return [
-            make(item, size, dtype=dtype, seed=seed_of(seed, index), step=step, number=number)
+            make_input(item, size, dtype=dtype, seed=seed_of(seed, index), step=step, number=number)
             for index, item in enumerate(recipe.items)
         ]
     if recipe.shape is None:
@@ -131,12 +139,12 @@ def make(recipe: Input, size: Mapping[str, int], *, dtype: torch.dtype, seed: in
 
 
 def seed_of(*names: Any) -> int:
-    """A seed for the random numbers of what is called that."""
+    """Return a seed for the random numbers of what has these names."""
     return zlib.crc32(repr(names).encode())
 
 
 def noise(shape: Iterable[int], seed: int) -> torch.Tensor:
-    """Normally distributed float32 numbers on the CPU, always the same ones for a seed."""
+    """Return normally distributed float32 numbers on the CPU, always the same ones for a seed."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -145,7 +153,7 @@ def _host(spec: Spec) -> ModuleType | None:
     return None if host is None else import_module(host)
 
 
-def _named(name: str) -> type[torch.nn.Module]:
+def _import_class(name: str) -> type[torch.nn.Module]:
     module, _, qualname = name.rpartition(".")
     try:
         return getattr(import_module(module), qualname)

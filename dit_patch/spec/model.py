@@ -34,7 +34,7 @@ from .field_types import (
     no_repeats,
 )
 from .origin import Origin
-from .recipe import Case, Mini, merged, unbound
+from .recipe import Case, Mini, merge, unbound_names
 
 
 class Blocks(Declared):
@@ -270,7 +270,7 @@ class Spec(Declared):
         if name not in self.bench or self.mini is None:
             known = ", ".join(self.bench) or "none"
             raise SpecError(f"{self.name} has no bench {quote(name)}{suggest(name, self.bench) or '.'} Known: {known}.")
-        return merged(self.mini, self.bench[name])
+        return merge(self.mini, self.bench[name])
 
     def _broken_rules(self) -> Iterator[Complaint]:
         if self.model and self.models:
@@ -290,7 +290,7 @@ class Spec(Declared):
             yield ("bench",), "needs `mini`, which its cases are merged over"
         elif self.mini:
             for name, case in self.bench.items():
-                yield from unbound(("bench", name), case, self.mini)
+                yield from unbound_names(("bench", name), case, self.mini)
 
 
 def extend(base: Spec, spec: Spec) -> Spec:

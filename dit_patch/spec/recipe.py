@@ -38,7 +38,7 @@ class Input(Declared):
 
     @property
     def is_value(self) -> bool:
-        """Whether this is a plain value (which may be None) rather than a tensor to be made."""
+        """Whether the input is a plain value (which may be None) rather than a tensor to be made."""
         return "value" in self.model_fields_set
 
     def _broken_rules(self) -> Iterator[Complaint]:
@@ -58,7 +58,7 @@ class Input(Declared):
             yield (), "an input needs a `shape` (a tensor), `items` (a list of them) or a `value`"
 
     def symbols(self) -> Iterator[tuple[Loc, str | int]]:
-        """The sizes and names in its shape and those of its items, with where they stand in it."""
+        """Yield the sizes and names in the shape, and in those of the items, each with its path."""
         for index, symbol in enumerate(self.shape or ()):
             yield ("shape", index), symbol
         for index, item in enumerate(self.items):
@@ -84,7 +84,7 @@ class Case(Declared):
     )
 
     def names(self, size: Mapping[str, int]) -> dict[str, int]:
-        """What names in shapes stand for in one of the sizes."""
+        """Return the number that each name in a shape stands for, in one of the sizes."""
         return {**_numbers(self.config), **size}
 
     def _broken_rules(self) -> Iterator[Complaint]:
@@ -109,24 +109,29 @@ class Mini(Case):
     )
 
     def case(self, variant: str | None = None) -> Case:
-        """The mini model itself, or one of its variants in full; a copy, to be handed on to the model as it is."""
+        """Return the mini model itself, or one of its variants in full, as a copy that may be handed on to the model.
+
+        Raises:
+            SpecError: there is no such variant; the message names those that there are.
+        """
         if variant is None:
-            return merged(self, Case())
+            return merge(self, Case())
         if variant not in self.variants:
             known = ", ".join(self.variants) or "none"
             raise SpecError(f"no variant {quote(variant)}{suggest(variant, self.variants) or '.'} Known: {known}.")
-        return merged(self, self.variants[variant])
+        return merge(self, self.variants[variant])
 
     def _broken_rules(self) -> Iterator[Complaint]:
         yield from super()._broken_rules()
         if not self.inputs and not self.rollout:
             yield (), "needs `inputs` (or a `rollout`): what to call the model with"
-        yield from unbound((), self, self)
+        yield from unbound_names((), self, self)
         for name, variant in self.variants.items():
-            yield from unbound(("variants", name), variant, self)
+            yield from unbound_names(("variants", name), variant, self)
 
 
-def merged(base: Case, over: Case) -> Case:
+def merge(base: Case, over: Case) -> Case:
+    """Return `base` with what `over` says instead, as a copy; `over` leaves out an input by giving it as None."""
     parts = {"config": {**base.config, **over.config}, "sizes": over.sizes or base.sizes, "whole": over.whole}
     rollout = over.rollout or (None if over.inputs else base.rollout)
     if rollout:
@@ -138,12 +143,16 @@ def merged(base: Case, over: Case) -> Case:
 
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, int]:
-    """The whole numbers above 0 of a configuration, which shapes may use by name."""
+    """Return the whole numbers above 0 of a configuration, which shapes may use by name."""
     return {name: value for name, value in config.items() if type(value) is int and value > 0}
 
 
-def unbound(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
-    """Where `own` does not fit together with `base`: a name in a shape that a size does not bind, or an idle null."""
+def unbound_names(loc: Loc, own: Case, base: Case) -> Iterator[Complaint]:
+    """Yield what is wrong with `own` merged over `base`: a null that leaves out nothing, a name that no size binds.
+
+    Args:
+        loc: the path of `own` in the spec.
+    """
     for name, given in own.inputs.items():
         if given is None and name not in base.inputs:
             yield (*loc, "inputs", name), f"leaves out an input that `mini` does not have{suggest(name, base.inputs)}"

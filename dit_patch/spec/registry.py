@@ -60,22 +60,30 @@ class Registry:
         self._trust, self._bundled, self._plugins = trust, bundled, plugins
         self._loaded: dict[str, Spec] = {}
 
+    def __repr__(self) -> str:
+        own = [str(directory) for directory in self._directories]
+        return f"Registry({own}, trust={self._trust}, bundled={self._bundled}, plugins={self._plugins})"
+
     def names(self) -> list[str]:
-        """The names of all specs, such as "diffusers/wan", in order; reads none of them."""
+        """Return the names of all specs, such as "diffusers/wan", in order, without reading any."""
         return sorted(self._files)
 
     def __iter__(self) -> Iterator[Spec]:
         return iter(self._all)
 
     def get(self, name: str) -> Spec:
-        """The spec of that name, complete with what it extends."""
+        """Return the spec of that name, complete with what it extends.
+
+        Raises:
+            SpecError: there is none, or something is wrong with it.
+        """
         if name not in self._files:
             known = ", ".join(self.names()) or "none"
             raise SpecError(f"no spec {quote(name)}{suggest(name, self._files) or '.'} Known: {known}")
         return self._load(name, ())
 
     def read(self, path: str | Path) -> Spec:
-        """The spec in a file, which need not be in a directory of specs; what it extends may be any that are known."""
+        """Return the spec in a file, which need not be in one of the directories; it may extend any that is known."""
         path = Path(path)
         own = next((name for name, file in self._files.items() if file.path.resolve() == path.resolve()), None)
         if own is not None:
@@ -84,7 +92,7 @@ class Registry:
         return spec if spec.extends is None else extend(self._base(spec, (spec.name,)), spec)
 
     def selection(self, words: Iterable[str], flag: str, hint: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The kinds of sites and the names of specs among the words, each once and in order.
+        """Sort words into kinds of sites and names of specs, each once and in order.
 
         Raises:
             DitPatchError: a word is neither; the message names the `flag`, and ends with the hint.
@@ -99,11 +107,11 @@ class Registry:
         return tuple(kind for kind in KINDS if kind in words), tuple(sorted(words.difference(KINDS)))
 
     def classes(self) -> dict[str, Spec]:
-        """Each class that has a spec, by its dotted name."""
+        """Return the spec of each class that has one, by the class's dotted name."""
         return dict(self._classes)
 
     def find(self, cls: type) -> Spec | None:
-        """The spec of the class or, where it has none, of the nearest class that it inherits from."""
+        """Return the spec of the class or, if it has none, of the nearest class that it inherits from."""
         named = (self._classes.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
         return next((spec for spec in named if spec is not None), None)
 
@@ -156,7 +164,7 @@ class Registry:
         return classes
 
     def _load(self, name: str, extending: tuple[str, ...]) -> Spec:
-        """`extending` are the specs on whose behalf this one is read, outermost first."""
+        """Return a spec, read once; `extending` are the specs that this one is a base of, outermost first."""
         if name in self._loaded:
             return self._loaded[name]
         path, trusted = self._files[name]
@@ -199,7 +207,7 @@ def _position(spec: Spec) -> str:
 
 
 def _plugin(entry: metadata.EntryPoint) -> _Source:
-    """The directory that an entry point names, `package.folder` or `package:folder`; nothing of it is imported."""
+    """Return the directory that an entry point names, `package.folder` or `package:folder`, importing nothing of it."""
     package, *folders = entry.value.replace(":", ".").replace("/", ".").split(".")
     owner = f" of {entry.dist.name}" if entry.dist else ""
     words = f"{quote(entry.value)}, from the entry point {quote(entry.name)}{owner},"

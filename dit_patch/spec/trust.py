@@ -9,7 +9,8 @@ from .yaml_reader import Document, Loc, Position
 OWN_CODE = ("dit_patch.functions.", "dit_patch.hosts.")
 
 
-def untrusted(document: Document) -> Iterator[tuple[Position, str]]:
+def untrusted_code(document: Document) -> Iterator[tuple[Position, str]]:
+    """Yield where the document names a function or module that is not dit_patch's own, and a sentence about it."""
     models = [
         place.text for loc, place in document.places.items() if loc[:1] in (("model",), ("models",)) and place.text
     ]
@@ -28,7 +29,7 @@ def untrusted(document: Document) -> Iterator[tuple[Position, str]]:
 
 
 def _names_code(loc: Loc, text: str) -> bool:
-    """Whether what stands there is imported and called, other than what is patched itself."""
+    """Return whether `text` at this path names what is imported and called; not what is patched."""
     if loc[0] == "sites":
         return len(loc) > 2 and (loc[2] in ("use", "then") or (loc[2] == "reads" and ":" in text))
     return loc[0] in ("mini", "bench") and loc[-1] in ("host", "rollout")

@@ -1,4 +1,4 @@
-"""YAML text to plain data that remembers where everything stood.
+"""YAML text to plain data that remembers the line and column of everything.
 
 It reads the part of YAML that a declaration needs and refuses the rest (tags, anchors, aliases, duplicate keys, several
 documents, unbounded size) with file:line:column. Plain words are read as YAML 1.2 and JSON Schema read them, so that
@@ -39,7 +39,7 @@ class Position(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one entry of the data stands, and the text that a scalar was written as."""
+    """The position of one entry and of its key, and the text that a scalar was written as."""
 
     key: Position | None
     value: Position
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
     @property
     def start(self) -> Position:
-        """The value, or its key where the value is a block that begins further down."""
+        """The position of the value, or of its key where the value is a block that begins further down."""
         return self.key if self.key and self.key.line != self.value.line else self.value
 
 
@@ -127,7 +127,7 @@ def _position(event: yaml.Event) -> Position:
 
 
 class _Reader:
-    """One pass over the parser's events, which are lazy: what is refused is refused before the rest is looked at."""
+    """Reads a document in one pass over the parser's events, which are lazy: nothing is read behind what is refused."""
 
     def __init__(self, text: str, file: str) -> None:
         self.document = Document(file)

@@ -84,6 +84,17 @@ def parallel_groups(model: torch.nn.Module) -> Iterator[Any]:
             yield tensor._mesh.get_group(dimension)
 
 
+def attention_backend() -> str:
+    """Return the attention backend that is set for all models, in `_AttentionBackendRegistry`.
+
+    `model.set_attention_backend()` sets it beside the model's own, and other kernels give other bits. There is a public
+    way to set it, and none to ask.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return str(_AttentionBackendRegistry.get_active_backend()[0])
+
+
 def t5_embeddings(pipeline: Any, prompts: list[str], length: int) -> torch.Tensor:
     """Return a Wan pipeline's embeddings of prompts: `_get_t5_prompt_embeds`, what `encode_prompt` does without CFG."""
     return pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=length)

@@ -43,7 +43,7 @@ def measure(spec: Spec, name: str, case: Case, device: torch.device, seconds: fl
         if any(site.kind != KIND for site in spec.sites):
             undo.enter_context(apply(models[0], only=[kind for kind in KINDS if kind != KIND]))
         undo.enter_context(apply(models[1]))
-        undo.enter_context(mini.precision(spec, dtype, device))
+        undo.enter_context(mini.autocast(spec, dtype, device))
         calls = list(mini.forwards(case, case.sizes[0], steps=2, dtype=dtype, device=device))
         results = [[tensor for each in verify.run(model, calls) for tensor in each] for model in models]
         shares = [differing(each, results[0]) for each in results]

@@ -110,7 +110,7 @@ class _Trial:
         spec, patches = self._live(model)
         with self._around():
             self._probe(model, patches, forwards, moments)
-            wrong = blocks.problems(model, self.spec, mini.fresh(forwards))
+            wrong = blocks.problems(model, self.spec, mini.repeat(forwards))
             for problem in wrong:
                 self._problem(problem)
             equal = self._patched(model, spec, forwards, plain, "always", steps=len(set(moments)))
@@ -123,7 +123,7 @@ class _Trial:
         return f"{self.where:<34}  {'  '.join(said)}"
 
     def _around(self) -> AbstractContextManager:
-        return mini.precision(self.spec, self.dtype, self.device)
+        return mini.autocast(self.spec, self.dtype, self.device)
 
     def _live(self, model: torch.nn.Module) -> tuple[Spec, list[Patch]]:
         """The spec without the sites that cannot be made live here, and the patches of the others."""
@@ -146,14 +146,14 @@ class _Trial:
         return self.spec.model_copy(update={"sites": tuple(good)}), patches
 
     def _probe(self, model: torch.nn.Module, patches: list[Patch], forwards: list[dict], moments: list) -> None:
-        calls = probe.record(model, self.spec, patches, mini.fresh(forwards), moments)
+        calls = probe.record(model, self.spec, patches, mini.repeat(forwards), moments)
         for at, several in calls.items():
             site = self.result.sites[at].site
             for own in several:
                 self._too_coarse(site, own)
         if self.dtype is self.subject.dtypes[0] and self.subject.weights is None:
             keys = {patch.site.at: patch.site.key for patch in patches}
-            for at, causes in probe.uncounted(model, self.spec, patches, mini.fresh(forwards)[0], keys).items():
+            for at, causes in probe.uncounted(model, self.spec, patches, mini.repeat(forwards)[0], keys).items():
                 self._uncounted(self.result.sites[at], causes)
 
     def _too_coarse(self, site: Site, calls: list[probe.Call]) -> None:

@@ -85,10 +85,10 @@ def _look(made: Draft, name: str, own: Mini) -> None:
     case = own.case()
     model = mini.build(spec, case)
     forwards, moments = probe.generations(case, STEPS)
-    verify.run(model, mini.fresh(forwards))
+    verify.run(model, mini.repeat(forwards))
     made.forwards = len(forwards)
-    made.blocks = observe.patterns(model, mini.fresh(forwards))
-    made.sites = observe.sites(model, mini.fresh(forwards), moments) + rotary.sites(model, mini.fresh(forwards)[0])
+    made.blocks = observe.patterns(model, mini.repeat(forwards))
+    made.sites = observe.sites(model, mini.repeat(forwards), moments) + rotary.sites(model, mini.repeat(forwards)[0])
 
 
 def _empty(cls: type[torch.nn.Module]) -> dict[str, Any]:
