@@ -249,22 +249,22 @@ def test_kandinsky_times_are_the_original_s_in_every_bit(kandinsky, dtype):
 
 def test_frequencies_are_brought_to_a_device_once_and_again_when_they_change():
     freqs, meta = torch.arange(4.0), torch.device("meta")
-    assert sinusoid._brought(freqs, freqs.device) is freqs
-    first = sinusoid._brought(freqs, meta)
-    assert first.device == meta and sinusoid._brought(freqs, meta) is first
-    assert sinusoid._brought(freqs.clone(), meta) is not first
+    assert sinusoid._on_device(freqs, freqs.device) is freqs
+    first = sinusoid._on_device(freqs, meta)
+    assert first.device == meta and sinusoid._on_device(freqs, meta) is first
+    assert sinusoid._on_device(freqs.clone(), meta) is not first
     freqs.mul_(2)
-    again = sinusoid._brought(freqs, meta)
-    assert again is not first and sinusoid._brought(freqs, meta) is again
+    again = sinusoid._on_device(freqs, meta)
+    assert again is not first and sinusoid._on_device(freqs, meta) is again
     assert len(sinusoid._copies[freqs]) == 1
     with torch.inference_mode():
         unversioned = torch.arange(4.0)
-        assert sinusoid._brought(unversioned, meta) is not sinusoid._brought(unversioned, meta)
+        assert sinusoid._on_device(unversioned, meta) is not sinusoid._on_device(unversioned, meta)
 
 
 def test_frequencies_are_let_go_with_their_model():
     freqs = torch.arange(4.0)
-    sinusoid._brought(freqs, torch.device("meta"))
+    sinusoid._on_device(freqs, torch.device("meta"))
     before = len(sinusoid._copies)
     del freqs
     assert len(sinusoid._copies) == before - 1

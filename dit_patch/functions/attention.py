@@ -1,4 +1,4 @@
-"""Which of several attention kernels computes: what counts for a result that has attention in it."""
+"""Which of several attention kernels computes: a guard for results that have attention in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..upstream import diffusers_internals
 
 
 def backends() -> Hashable:
-    """For `reads:` diffusers' attention backend, and those that torch may choose from.
+    """Return diffusers' attention backend, and the kernels that torch may choose from. For `reads:`.
 
     `model.set_attention_backend()` sets diffusers' own for all models besides the model's.
     """

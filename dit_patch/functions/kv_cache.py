@@ -12,14 +12,17 @@ import torch
 
 
 def integer_indices(caches: Any) -> Any:
-    """`caches`, (lists or tuples of) dicts of one layer each, with every one-element `..._end_index` as an `int`.
+    """Replace each one-element tensor `..._end_index` by an `int`, in place, and return `caches`. For `then:`.
 
-    The dicts are written into, and all indices are read from the device at once.
+    All indices are read from the device at once.
+
+    Args:
+        caches: a dict for each layer, in lists or tuples.
     """
-    found = list(_indices(caches))
-    if found:
-        values = torch.cat([cache[name].reshape(1) for cache, name in found]).tolist()
-        for (cache, name), value in zip(found, values):
+    indices = list(_indices(caches))
+    if indices:
+        values = torch.cat([cache[name].reshape(1) for cache, name in indices]).tolist()
+        for (cache, name), value in zip(indices, values):
             cache[name] = value
     return caches
 

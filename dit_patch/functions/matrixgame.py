@@ -1,7 +1,7 @@
 """Matrix-Game's rotary embeddings, with the expansion of their tables apart from their application.
 
-FastVideo expands a table by axis to every token anew for each tensor it rotates. Here `expansion` does that, for a spec
-to name as a site of its own; what is left is the rotation.
+For each tensor that it rotates, FastVideo expands the tables by axis to every token. Here `expansion` does that, which
+a spec names as a site of its own; what remains is the rotation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .rotary import turn
 
 
 def causal_rope(original, instance, args, kwargs) -> torch.Tensor:
-    """For Matrix-Game 2's `causal_rope_apply(x, grid_sizes, freqs, start_frame)`: x (B, L, H, D) -> the same.
+    """Replace Matrix-Game 2's `causal_rope_apply(x, grid_sizes, freqs, start_frame)`: x (B, L, H, D) -> the same.
 
     A product of complex128; tokens past the grid are left as they are.
     """
@@ -27,7 +27,7 @@ def causal_rope(original, instance, args, kwargs) -> torch.Tensor:
 
 
 def frame_rope(original, instance, args, kwargs) -> torch.Tensor:
-    """For Matrix-Game 3's `_apply_rope_with_frame_indices(x, freqs, *, height, width, frame_indices)`.
+    """Replace Matrix-Game 3's `_apply_rope_with_frame_indices(x, freqs, *, height, width, frame_indices)`.
 
     x (B, L, H, D) -> the same, by a product of complex64.
     """
@@ -42,7 +42,7 @@ def frame_rope(original, instance, args, kwargs) -> torch.Tensor:
 def expansion(
     freqs: torch.Tensor, frames: torch.Tensor | tuple[int, int], height: int, width: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Each token's rotation: (1, F * height * width, H or 1, D / 2) of the complex `dtype`.
+    """Return each token's rotation: (1, F * height * width, H or 1, D / 2) of the complex `dtype`.
 
     Args:
         freqs: complex128 table by position, (S, D / 2), or by head and position, (H, S, D / 2); its last dimension is

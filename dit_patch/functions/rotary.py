@@ -1,7 +1,7 @@
-"""How each library applies rotary embeddings, in terms of `dit_patch.rotary`.
+"""The libraries' functions that apply rotary embeddings, in terms of `dit_patch.rotary`.
 
-Each function here stands in for one of theirs and knows its layout and its arithmetic. Tensors that the one pass is not
-for, and training, are left to the original; the report then says why.
+Each function here replaces one of theirs, and knows its layout and its arithmetic. Tensors that `dit_patch.rotary` does
+not take, and training, are left to the original; the report then says why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def wan(original, instance, args, kwargs) -> torch.Tensor:
-    """For the `apply_rotary_emb` in Wan's attention processors: x (B, S, H, D); cos, sin (1, S, 1, D).
+    """Replace the `apply_rotary_emb` in Wan's attention processors: x (B, S, H, D); cos, sin (1, S, 1, D).
 
     It reads the even entries of cos and the odd ones of sin, and computes in the dtype that x and the table promote to.
     """
@@ -26,7 +26,7 @@ def wan(original, instance, args, kwargs) -> torch.Tensor:
 
 
 def diffusers(original, instance, args, kwargs) -> torch.Tensor:
-    """For `diffusers.models.embeddings.apply_rotary_emb`: x (B, H, S, D), or (B, S, H, D) with sequence_dim=1.
+    """Replace `diffusers.models.embeddings.apply_rotary_emb`: x (B, H, S, D), or (B, S, H, D) with sequence_dim=1.
 
     Real tables only, (S, D) each. Whatever their dtype, it computes in float32 at the least.
     """
@@ -43,7 +43,7 @@ def diffusers(original, instance, args, kwargs) -> torch.Tensor:
 
 
 def fastvideo(original, instance, args, kwargs) -> torch.Tensor:
-    """For FastVideo's `_apply_rotary_emb(x, cos, sin, is_neox_style)`: x (B, S, H, D); tables (S, D), or (S, D / 2).
+    """Replace FastVideo's `_apply_rotary_emb(x, cos, sin, is_neox_style)`: x (B, S, H, D); tables (S, D or D / 2).
 
     Full tables are for interleaved pairs whatever the style. float64 tables make it compute in float64.
     """
@@ -65,15 +65,19 @@ def _of_fastvideo(x, cos, sin, is_neox_style):
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, tail: bool = False, **how: str) -> torch.Tensor:
-    """`rotary` of whole heads, (B, S, H, D), with a table for each token, or for fewer where there is a `tail`.
+    """Rotate whole heads, x (B, S, H, D), with table entries for each token.
+
+    Args:
+        tail: whether tokens after the last that has table entries are left as they are.
+        how: the other options of `dit_patch.rotary.rotary`.
 
     Raises:
-        Uncacheable: where the original is to do it; with the reason.
+        Uncacheable: the original is to be called instead, for this reason.
     """
     refuse_autograd(x)
     if x.is_cuda and not has_triton():
         raise Uncacheable("triton is not installed")
-    if not _for_each_token(x, cos, tail):
+    if not _has_entries(x, cos, tail):
         raise Uncacheable(f"tables {tuple(cos.shape)} for {tuple(x.shape)}")
     try:
         return rotary(x, cos, sin, **how)
@@ -81,7 +85,7 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, tail: bool = 
         raise Uncacheable(str(error)) from error
 
 
-def _for_each_token(x: torch.Tensor, table: torch.Tensor, tail: bool) -> bool:
+def _has_entries(x: torch.Tensor, table: torch.Tensor, tail: bool) -> bool:
     if x.dim() != 4 or table.dim() not in (2, 4):
         return False
     tokens = table.shape[0 if table.dim() == 2 else 1]

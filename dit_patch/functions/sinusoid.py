@@ -18,7 +18,7 @@ _TABLES = 32  # of each kind, at the most
 
 
 def timesteps(original, instance, args, kwargs) -> torch.Tensor:
-    """For `diffusers.models.embeddings.Timesteps.forward`: (N,) of any real dtype -> (N, num_channels) float32.
+    """Replace `diffusers.models.embeddings.Timesteps.forward`: (N,) of any real dtype -> (N, num_channels) float32.
 
     Hoists `exp(-log(10000) * arange(half) / (half - shift))`, and leaves out a multiplication by a scale of 1 and the
     second concatenation of the two halves, neither of which changes a bit.
@@ -37,7 +37,7 @@ def timesteps(original, instance, args, kwargs) -> torch.Tensor:
 
 
 def skyreels_timesteps(original, instance, args, kwargs) -> torch.Tensor:
-    """For `SkyReelsV2Timesteps.forward`: (N,) or (N, F) timesteps -> (N, num_channels) or (N, F, num_channels).
+    """Replace `SkyReelsV2Timesteps.forward`: (N,) or (N, F) timesteps -> (N, num_channels) or (N, F, num_channels).
 
     The table is float64 (float32 where the device has no float64), and so is the result.
     """
@@ -52,7 +52,7 @@ def skyreels_timesteps(original, instance, args, kwargs) -> torch.Tensor:
 
 
 def timestep_embedding(original, instance, args, kwargs) -> torch.Tensor:
-    """For FastVideo's `timestep_embedding(t, dim, max_period, dtype)`: (N,) of any real dtype -> (N, dim).
+    """Replace FastVideo's `timestep_embedding(t, dim, max_period, dtype)`: (N,) of any real dtype -> (N, dim).
 
     The table is made on the default device, as there, and kept on that of `t`; its dtype is `dtype`.
     """
@@ -66,12 +66,12 @@ def timestep_embedding(original, instance, args, kwargs) -> torch.Tensor:
 
 
 def kandinsky_times(original, instance, args, kwargs) -> torch.Tensor:
-    """For `Kandinsky5TimeEmbeddings.forward`: (N,) times -> (N, time_dim), through its MLP.
+    """Replace `Kandinsky5TimeEmbeddings.forward`: (N,) times -> (N, time_dim), through its MLP.
 
     Its frequencies are a plain tensor on the host; here they are brought to the device once.
     """
     time = _of_times(*args, **kwargs)
-    angles = torch.outer(time.to(torch.float32), _brought(instance.freqs, time.device))
+    angles = torch.outer(time.to(torch.float32), _on_device(instance.freqs, time.device))
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return instance.out_layer(instance.activation(instance.in_layer(embedding)))
 
@@ -96,8 +96,8 @@ def _stream(device: torch.device) -> int | None:
 _copies = WeakTensorKeyDictionary()  # of a tensor on the host: its copies by version, device and stream
 
 
-def _brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on the device; one copy for as long as it is there and nobody writes into it."""
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor` on the device, copied once for as long as the tensor lives and nobody writes into it."""
     if tensor.device == device or tensor.is_inference():
         return tensor.to(device)
     key = (tensor_version(tensor), device, _stream(device))
@@ -115,7 +115,11 @@ def _brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _table(build):
-    """`build` with its results kept by what they are built of, device and stream at the end."""
+    """Return `build` with its results kept by its arguments, the last two of which are a device and a stream.
+
+    `functools.lru_cache` would build a table under inference_mode, autocast or on the meta device, as the first caller
+    happens to have it, and could not hand out another stream's table while a CUDA graph is captured.
+    """
     tables: dict[tuple, torch.Tensor] = {}
 
     @functools.wraps(build)

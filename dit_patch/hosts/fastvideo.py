@@ -1,7 +1,7 @@
-"""FastVideo's models, alone: a process group of one, a forward context, and rollouts with KV caches.
+"""FastVideo's models without its pipelines: a process group of one, a forward context, and rollouts with KV caches.
 
-On a machine without an accelerator two more things are needed, both of which only change what cannot run there: an
-attention backend for FastVideo's CPU platform, which names none, and flex attention without max-autotune compilation.
+A machine without an accelerator needs two more things, which only change what cannot run there: an attention backend
+for FastVideo's CPU platform, which names none, and flex attention without max-autotune compilation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from ..errors import SpecError, suggest
 from ..spec.mini import KVCaches, noise, seed_of
 
-_for_good = ExitStack()
+_open_contexts = ExitStack()
 _FLEX_USERS = ("causal_wanvideo", "matrixgame2.causal_model", "matrixgame2.action_module")
 
 
@@ -43,11 +43,15 @@ def prepare() -> None:
     _join_process_group()
     forward_context = import_module("fastvideo.forward_context")
     # For the rest of the process: a pipeline's stages set their own, and put this one back.
-    _for_good.enter_context(forward_context.set_forward_context(current_timestep=0, attn_metadata=None))
+    _open_contexts.enter_context(forward_context.set_forward_context(current_timestep=0, attn_metadata=None))
 
 
 def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Module:
-    """A FastVideo model of an architecture's configuration (the fields of its `...ArchConfig`), all weights random."""
+    """Build a FastVideo model with random weights from its architecture's configuration, the `...ArchConfig`'s fields.
+
+    Raises:
+        SpecError: the architecture has no such field.
+    """
     config_class = typing.get_type_hints(cls.__init__)["config"]
     arch_class = type(config_class().arch_config)
     names = {field.name for field in fields(arch_class)}
@@ -66,14 +70,18 @@ def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Mod
 
 
 def causal_wan(config: Mapping[str, Any], size: Mapping[str, int], **options: Any) -> Iterator[dict[str, Any]]:
-    """`CausalWanTransformer3DModel` as `CausalDMDDenosingStage` calls it; sizes `blocks`, `f`, `h`, `w` (latent)."""
+    """Yield the arguments with which `CausalDMDDenosingStage` calls `CausalWanTransformer3DModel`, forward by forward.
+
+    Args:
+        size: `blocks`, and their latent `f`, `h` and `w`.
+    """
     f, h, w = size["f"], size["h"], size["w"]
     frame = h * w // 4
     window = config["local_attn_size"] if config.get("local_attn_size", -1) != -1 else 21
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     layers, text = config["num_layers"], config["text_len"]
 
-    def state(new: _New) -> dict[str, Any]:
+    def state(new: _TensorMaker) -> dict[str, Any]:
         return {
             "encoder_hidden_states": [new(1, 6, config["text_dim"])],
             "kv_cache": _caches(layers, new, 1, window * frame, heads, width),
@@ -92,9 +100,12 @@ def causal_wan(config: Mapping[str, Any], size: Mapping[str, int], **options: An
 
 
 def matrixgame2(config: Mapping[str, Any], size: Mapping[str, int], **options: Any) -> Iterator[dict[str, Any]]:
-    """`CausalMatrixGame2WanModel` as its stage calls it; sizes `blocks`, `f`, `h`, `w`, and `per_call` frames a block.
+    """Yield the arguments with which its stage calls `CausalMatrixGame2WanModel`, forward by forward.
 
     The stage's image latents, which the model reads from the forward context, are in `hidden_states` already.
+
+    Args:
+        size: `blocks`, their latent `f`, `h` and `w`, and `per_call`, the model's `num_frame_per_block`.
     """
     f, h, w, blocks = size["f"], size["h"], size["w"], size["blocks"]
     frame = h * w // 4
@@ -102,7 +113,7 @@ def matrixgame2(config: Mapping[str, Any], size: Mapping[str, int], **options: A
     heads, width, layers = config["num_attention_heads"], config["attention_head_dim"], config["num_layers"]
     action = config.get("action_config") or {}
 
-    def state(new: _New) -> dict[str, Any]:
+    def state(new: _TensorMaker) -> dict[str, Any]:
         made = {
             "encoder_hidden_states": [new(1, 0, 8)],
             "encoder_hidden_states_image": [new(1, 9, config["image_dim"])],
@@ -135,8 +146,8 @@ def matrixgame2(config: Mapping[str, Any], size: Mapping[str, int], **options: A
         yield arguments
 
 
-class _New:
-    """Makes the tensors of one moment: the same ones whenever that moment comes again."""
+class _TensorMaker:
+    """Makes tensors whose contents depend on a moment (generation, block, step), and on their number within it."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, time: int, *moment: Any) -> None:
         self.dtype, self.device, self.moment, self._time, self._made = dtype, device, moment, time, 0
@@ -156,10 +167,10 @@ class _New:
 
 
 class _Step(typing.NamedTuple):
-    """The latents and the timestep of one denoising step, which its passes share."""
+    """The latents and the timesteps of one denoising step, which its passes share."""
 
-    latents: _New
-    made: dict[Any, torch.Tensor]
+    latents: _TensorMaker
+    tensors: dict[Any, torch.Tensor]
 
     def new(self, *shape: int) -> torch.Tensor:
         return self._once(("latents", shape), lambda: self.latents(*shape))
@@ -168,9 +179,9 @@ class _Step(typing.NamedTuple):
         return self._once(("time", shape), lambda: self.latents.time(*shape))
 
     def _once(self, name: Any, make: typing.Callable[[], torch.Tensor]) -> torch.Tensor:
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]
+        if name not in self.tensors:
+            self.tensors[name] = make()
+        return self.tensors[name]
 
 
 class _Call(typing.NamedTuple):
@@ -181,7 +192,7 @@ class _Call(typing.NamedTuple):
 
 def _rollout(
     blocks: int,
-    state: typing.Callable[[_New], dict[str, Any]],
+    state: typing.Callable[[_TensorMaker], dict[str, Any]],
     *,
     steps: int,
     passes: tuple[str, ...],
@@ -189,18 +200,25 @@ def _rollout(
     device: torch.device | str,
     generation: int,
 ) -> Iterator[_Call]:
-    """Block after block, `steps` denoising steps and one more at timestep 0, which leaves the block in the KV cache."""
-    states = {each: state(_New(dtype, device, 0, generation, each)) for each in passes}
+    """Yield each call of a rollout: block after block, its denoising steps and one at timestep 0 for the KV cache.
+
+    Args:
+        blocks: how many.
+        state: makes what the calls of a pass share, such as KV caches.
+    """
+    states = {each: state(_TensorMaker(dtype, device, 0, generation, each)) for each in passes}
     for block in range(blocks):
         for step in range(steps + 1):
             time = 0 if step == steps else 1000 - (900 // steps) * step
-            shared = _Step(_New(dtype, device, time, generation, block, step), {})
+            shared = _Step(_TensorMaker(dtype, device, time, generation, block, step), {})
             for each in passes:
                 yield _Call(block, shared, states[each])
 
 
-def _caches(layers: int, new: _New, batch: int, size: int, heads: int, width: int, *, cross: bool = False) -> KVCaches:
-    """A KV cache for each layer, with what says how far it is filled: indices, or `is_init` for cross-attention."""
+def _caches(
+    layers: int, new: _TensorMaker, batch: int, size: int, heads: int, width: int, *, cross: bool = False
+) -> KVCaches:
+    """Make a KV cache for each layer, with how far it is filled: indices, or `is_init` for cross-attention."""
 
     def cache() -> dict[str, Any]:
         far = {"is_init": False} if cross else {"global_end_index": new.index(), "local_end_index": new.index()}
@@ -235,7 +253,10 @@ def _join_process_group() -> None:
 
 @contextmanager
 def _only_rank() -> Iterator[None]:
-    """Rank 0 of 1 in the environment, and only as long as needed: other libraries take it for a distributed launch."""
+    """Be rank 0 of 1 in the environment, for as long as this context lasts.
+
+    Not longer: other libraries would take it for a distributed launch.
+    """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")

@@ -1,4 +1,4 @@
-"""Models of transformers, which are built from a configuration object, in whose constructor defaults are filled in."""
+"""Models of transformers, which are built from a configuration object that fills in defaults."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def prepare() -> None:
-    """Nothing to prepare."""
+    """Do nothing: there is nothing to prepare."""
 
 
 def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Module:
-    """The model of a configuration as config.json has it."""
+    """Build the model of a configuration as config.json has it."""
     return cls(cls.config_class(**config))

@@ -1,4 +1,4 @@
-"""Models whose modulation begins at zero: with random weights instead, or a block would be found to add nothing."""
+"""Models whose modulation begins at zero, with random weights in its place: else no block would change anything."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 def prepare() -> None:
-    """Nothing to prepare."""
+    """Do nothing: there is nothing to prepare."""
 
 
 def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Module:
-    """The model, with small random numbers in each parameter that is all zeros."""
+    """Build the model, with small random numbers in each parameter that is all zeros."""
     model = cls(**config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,8 +1,11 @@
 """Rotary position embeddings applied in one pass, equal in every bit to what models do in many operations.
 
-Two operations of `torch.ops.dit_patch`, opaque to compilers: `rotary` returns a new tensor, `rotary_qk_` rotates
-queries and keys where they are, in one launch. They run as a Triton kernel on a GPU (`gpu`), in runs of tokens on a CPU
-(`cpu`), and as plain torch (`eager`) elsewhere. Knows nothing about models, specs or patches.
+    q = rotary(q, cos, sin)                 # a new tensor
+    rotary_qk_(q, k, cos, sin)              # both in place, in one launch
+
+Both are operations of `torch.ops.dit_patch`, opaque to compilers. They run as a Triton kernel on a GPU (`gpu`), in runs
+of tokens on a CPU (`cpu`), and as plain torch (`eager`) elsewhere. The room knows nothing about models, specs or
+patches.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ def rotary(
         RotaryError: where that does not fit together, or autograd is recording, for which there is no backward.
         NotExact: with "complex", where torch's product on that device is none that the kernel knows.
     """
-    cos, sin, width = _checked((x,), cos, sin, pairs, arithmetic, rotary_dim)
+    cos, sin, width = _check((x,), cos, sin, pairs, arithmetic, rotary_dim)
     if x.stride(-1) != 1:
         x = x.contiguous()
     return torch.ops.dit_patch.rotary(x, cos, sin, width, _PAIRS[pairs], arithmetic)
@@ -85,7 +88,7 @@ def rotary_qk_(
         NotExact: as `rotary`.
     """
     given = (q,) if k is None else (q, k)
-    cos, sin, width = _checked(given, cos, sin, pairs, arithmetic, rotary_dim)
+    cos, sin, width = _check(given, cos, sin, pairs, arithmetic, rotary_dim)
     for each in given:
         if each.stride(-1) != 1:
             raise RotaryError(f"to be rotated where it is, a tensor needs a last stride of 1, not {each.stride(-1)}")
@@ -94,25 +97,29 @@ def rotary_qk_(
 
 @cache
 def has_triton() -> bool:
-    """Whether there is a kernel for a GPU; without one, this works there too, but is no faster than the original."""
+    """Return whether Triton is there; without it, all works on a GPU too, but is no faster than the original."""
     return find_spec("triton") is not None
 
 
-def _checked(given, cos, sin, pairs, arithmetic, rotary_dim) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The tables as (B or 1, S', H or 1, W), and how many elements of a head rotate."""
+def _check(given, cos, sin, pairs, arithmetic, rotary_dim) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return the tables as (B or 1, S', H or 1, W), and how many elements of a head rotate.
+
+    Raises:
+        RotaryError: something is wrong with the tensors or with an option.
+    """
     for name, word, known in (("pairs", pairs, _PAIRS), ("arithmetic", arithmetic, _ARITHMETIC)):
         if word not in known:
             hint = suggest(str(word), known) or "."
             raise RotaryError(f"no {name} {quote(word)}{hint} Known: {', '.join(known)}.")
     for x in given:
         if x.dim() != 4 or x.dtype not in _DTYPES:
-            raise RotaryError(f"expected (B, S, H, D) in bfloat16, float16 or float32, got {_described(x)}")
+            raise RotaryError(f"expected (B, S, H, D) in bfloat16, float16 or float32, got {_describe(x)}")
     x = given[0]
     width = x.shape[-1] if rotary_dim is None else rotary_dim
     if width % 2 or not 0 < width <= min(MAX_DIM, x.shape[-1]):
         raise RotaryError(f"rotary_dim={width}: an even number up to {min(MAX_DIM, x.shape[-1])} is needed")
     if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.dtype not in _TABLES:
-        raise RotaryError(f"cos and sin are real and alike; got {_described(cos)} and {_described(sin)}")
+        raise RotaryError(f"cos and sin are real and alike; got {_describe(cos)} and {_describe(sin)}")
     if arithmetic == "rounded" and cos.dtype != x.dtype:
         raise RotaryError(f'"rounded" needs tables of the dtype of x, {x.dtype}; got {cos.dtype}')
     if arithmetic == "complex" and cos.dtype not in (torch.float32, torch.float64):
@@ -122,15 +129,15 @@ def _checked(given, cos, sin, pairs, arithmetic, rotary_dim) -> tuple[torch.Tens
     for x in given:
         fits = cos.dim() == 4 and cos.shape[0] in (1, x.shape[0]) and cos.shape[2] in (1, x.shape[2])
         if not fits or cos.shape[1] > x.shape[1] or cos.shape[3] not in (width, width // 2):
-            raise RotaryError(f"tables {tuple(cos.shape)} do not fit {_described(x)} of which {width} elements rotate")
+            raise RotaryError(f"tables {tuple(cos.shape)} do not fit {_describe(x)} of which {width} elements rotate")
         if torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad):
             raise RotaryError("autograd is recording, and rotary has no backward; use it under torch.no_grad()")
         if x.device != cos.device or x.device != sin.device or x.dtype != given[0].dtype:
-            raise RotaryError(f"tensors of one device and dtype are needed; got {_described(x)} and {_described(cos)}")
+            raise RotaryError(f"tensors of one device and dtype are needed; got {_describe(x)} and {_describe(cos)}")
     return cos, sin, width
 
 
-def _described(x: torch.Tensor) -> str:
+def _describe(x: torch.Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 

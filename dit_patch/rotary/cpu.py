@@ -1,6 +1,6 @@
 """Rotation of pairs on a CPU, a run of tokens at a time, so that what lies between two operations stays in its cache.
 
-Where that is exact, a run is one complex product; elsewhere it is `eager` on that run.
+Where that gives the same bits, a run is one complex product; elsewhere it is `eager` on that run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def rotate(
 
 
 def _runs(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The tensors, the first of which has the whole batch, in parts of so many tokens: of one row, or of several."""
+    """Split the tensors into runs of tokens, as views; a run is a part of one row of the batch, or several rows.
+
+    The first tensor has the whole batch; the others may have one row for all.
+    """
     batch, length, heads, width = tensors[0].shape
     tokens = max(1, _RUN * torch.get_num_threads() // (heads * width))
     if batch * length <= tokens:
@@ -47,7 +50,7 @@ def _runs(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _complex(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
-    """An entry for each pair; None where the table has other ones for the two of a pair."""
+    """Return the table as complex numbers, one for each pair; None if its entries for the two of a pair differ."""
     (c, c_of_second), (s, s_of_second) = (eager.entries(table, x, True) for table in (cos, sin))
     if c is not c_of_second and not (_same(c, c_of_second) and _same(s, s_of_second)):
         return None

@@ -1,6 +1,6 @@
 """The rotation of pairs as models write it: a torch operation for each product and sum, over the whole tensor.
 
-It is what the other ways are held to, and what is left where they do not work.
+The reference for `gpu` and `cpu`, and the fallback where neither works.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ def rotate(
 
 
 def compute_dtype(table: torch.Tensor) -> torch.dtype:
+    """Return the dtype that a product with the table is computed in: float64 if the table is, else float32."""
     return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
 def pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first and the second members of the pairs, as views."""
+    """Return the first and the second members of the pairs, as views of R / 2 columns."""
     half = x.shape[-1] // 2
     return (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
 def entries(table: torch.Tensor, x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table's entries for the first and for the second members of the pairs."""
+    """Return the table's entries for the first and for the second members of the pairs."""
     return pairs(table, interleaved) if table.shape[-1] == x.shape[-1] else (table, table)

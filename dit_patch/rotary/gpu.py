@@ -1,7 +1,21 @@
 """The rotation of q and k as one Triton kernel, with the bits of torch's own sequence of kernels.
 
-It is given views of what rotates, the tables, and which of three ways of rounding the eager formula has; it knows
-nothing about models, nor about when a fused rotation may stand in for an eager one. Importing it needs Triton.
+`launch` takes views of what rotates, the tables, and which of three ways of rounding the eager formula has; it knows
+nothing about models, nor about when a fused rotation may stand in for an eager one. Importing this needs Triton.
+
+For whoever is new to Triton: a *program* is what CUDA calls a block. It is written as if it were one thread that
+computes with whole arrays, *tiles*, whose sizes are powers of two; what lies outside the tensors is masked. The *grid*
+says how many programs are started, and `tl.program_id(axis)` which of them this one is. Here:
+
+- The work is a box: tokens (of all rows of the batch, one after the other), heads, and the columns of a head. A tile is
+  TOKENS x HEADS x all columns that rotate.
+- Axis 0 of the grid counts tiles along the tokens. Axis 1 shares the heads out: with n programs along it, number j
+  takes every n-th tile of heads, beginning with tile j; first those of q, then those of k.
+- A program reads the table entries of its tokens once, and keeps them in registers for all heads that it rotates: that
+  is what one kernel saves beside the eager formula's many, together with reading and writing q and k once. Where each
+  head has entries of its own, a program has one tile of heads.
+- `tiling` chooses the sizes: eight elements a thread, few programs enough that entries are reused, many enough that the
+  device is busy.
 
 What keeps the bits: all is computed in the dtype that torch would promote to, rounded wherever torch stores a result,
 and contracted into an FMA only where torch's own kernel is. The last rests on the launch's `enable_fp_fusion=False`,
@@ -63,7 +77,7 @@ def launch(
 
 @functools.lru_cache
 def tiling(tokens: int, heads: int, width: int, processors: int) -> tuple[int, int, int, int]:
-    """How to cut up the work: a tile's tokens and heads, how many programs share the heads, and the warps of each.
+    """Return how to cut up the work: a tile's tokens and heads, how many programs share the heads, and their warps.
 
     Args:
         tokens: Over the whole batch.
@@ -73,19 +87,19 @@ def tiling(tokens: int, heads: int, width: int, processors: int) -> tuple[int, i
     """
     warps = 4 if tokens > 4 * processors else 1
     rows = max(1, 8 * 32 * warps // width)  # eight elements for each thread: 128 bits of bf16
-    tile_heads = min(4, rows, _power_of_2(heads))
+    tile_heads = min(4, rows, _next_power_of_2(heads))
     tile_tokens = rows // tile_heads
     # A program keeps its table entries for all heads that it rotates: no more programs than keep the device busy.
-    tiles, wanted = _parts(heads, tile_heads), 64 * processors
-    each = max(1, tiles * _parts(tokens, tile_tokens) * warps // wanted)
-    return tile_tokens, tile_heads, _parts(tiles, each), warps
+    tiles, wanted = _ceil_div(heads, tile_heads), 64 * processors
+    tiles_each = max(1, tiles * _ceil_div(tokens, tile_tokens) * warps // wanted)
+    return tile_tokens, tile_heads, _ceil_div(tiles, tiles_each), warps
 
 
-def _parts(size: int, most: int) -> int:
-    return -(-size // most)
+def _ceil_div(size: int, part: int) -> int:
+    return -(-size // part)
 
 
-def _power_of_2(least: int) -> int:
+def _next_power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
@@ -95,20 +109,20 @@ def _launch(q, q_out, k, k_out, cos, sin, interleaved: bool, rounded: bool, cont
         k, k_out, k_heads = q, q_out, 0
     else:
         k_heads = k.shape[2]
-    tokens, most = batch * length, max(heads, k_heads)
-    if tokens * most == 0:
+    tokens, most_heads = batch * length, max(heads, k_heads)
+    if tokens * most_heads == 0:
         return
-    half = _power_of_2(rotary_dim // 2)
+    half = _next_power_of_2(rotary_dim // 2)
     width = 2 * half if interleaved else half
-    tile_tokens, tile_heads, programs, warps = tiling(tokens, most, width, _processors(q.device))
+    tile_tokens, tile_heads, programs, warps = tiling(tokens, most_heads, width, _processors(q.device))
     if cos.shape[2] > 1:  # a program has the table entries of one tile of heads
-        programs = _parts(most, tile_heads)
+        programs = _ceil_div(most_heads, tile_heads)
     strides = (*q.stride()[:3], *q_out.stride()[:3], *k.stride()[:3], *k_out.stride()[:3])
     table_strides = [table.stride(axis) if table.shape[axis] > 1 else 0 for table in (cos, sin) for axis in (0, 1, 2)]
     # Passed in units as large as possible, which tell the compiler how wide loads may be; 16 elements are enough.
     unit, table_unit = gcd(16, *strides), gcd(16, *table_strides)
     with torch.cuda.device_of(q):
-        _rotary_kernel[_parts(tokens, tile_tokens), programs](
+        _rotary_kernel[_ceil_div(tokens, tile_tokens), programs](
             q,
             q_out,
             k,
@@ -147,7 +161,7 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _contraction(device: torch.device, dtype: torch.dtype) -> tuple[str, str] | None:
-    """Which product torch contracts into the sum, of the real and of the imaginary part: its builds differ in that.
+    """Return which product torch contracts into the sum, of the real and of the imaginary part; its builds differ.
 
     None if no form has torch's bits.
     """
@@ -155,10 +169,10 @@ def _contraction(device: torch.device, dtype: torch.dtype) -> tuple[str, str] | 
     expected = _complex_product(x, cos, sin)
     exact: list[list[str]] = [[], []]
     for form in _CONTRACTIONS:
-        found = torch.empty_like(x)
-        _launch(x, found, None, None, cos, sin, True, False, (form, form))
+        rotated = torch.empty_like(x)
+        _launch(x, rotated, None, None, cos, sin, True, False, (form, form))
         for part, forms in enumerate(exact):
-            if torch.equal(found[..., part::2].view(torch.int32), expected[..., part::2].view(torch.int32)):
+            if torch.equal(rotated[..., part::2].view(torch.int32), expected[..., part::2].view(torch.int32)):
                 forms.append(form)
     real, imaginary = exact
     return (real[0], imaginary[0]) if real and imaginary else None
@@ -170,7 +184,7 @@ def _complex_product(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
 
 def _probe(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, cos and sin whose products cancel in the real part of 32 tokens, and in the imaginary part of 32 others.
+    """Return x, cos and sin whose products cancel in the real part of 32 tokens, in the imaginary part of 32 others.
 
     What is left there are the roundings alone, and those tell all forms apart, even when rounded from fp64 to fp32.
     """
@@ -192,8 +206,11 @@ _PLAIN = [
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _rotary_kernel(
+    # Pointers to the first element of each tensor.
     q, q_out, k, k_out, cos, sin,
+    # Sizes: tokens in the whole batch and in one of its rows, heads.
     tokens, length, q_heads, k_heads,
+    # Strides, of q and k and where they go in UNITs, of the tables in TABLE_UNITs; of columns in elements.
     q_batch, q_token, q_head,
     q_out_batch, q_out_token, q_out_head,
     k_batch, k_token, k_head,
@@ -201,19 +218,23 @@ def _rotary_kernel(
     cos_batch, cos_token, cos_head,
     sin_batch, sin_token, sin_head,
     cos_column, sin_column,
+    # What follows is known when the kernel is compiled. Layout of pairs and tables:
     ROTARY_DIM: tl.constexpr,
     HALF: tl.constexpr,  # the pairs, up to a power of two
     INTERLEAVED: tl.constexpr,
     ENTRY_EACH: tl.constexpr,  # whether the tables have an entry for each member of a pair
+    # Arithmetic:
     ROUNDED: tl.constexpr,
     REAL: tl.constexpr,  # whose product is contracted into the sum: "none", the "first" or the "second" member's
     IMAGINARY: tl.constexpr,
+    # Tiles and units:
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
-    UNIT: tl.constexpr,  # elements that strides of q, k and where they go count in
+    UNIT: tl.constexpr,
     TABLE_UNIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    # 1. Which tokens are this program's, and where their heads begin. int64: a tensor may have over 2^31 elements.
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     row = token < tokens
     batch = (token // length).to(tl.int64)
@@ -223,6 +244,7 @@ def _rotary_kernel(
     k += (batch * k_batch + token * k_token) * UNIT
     k_out += (batch * k_out_batch + token * k_out_token) * UNIT
 
+    # 2. Their table entries, read once.
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
     # Of a tile's full shape even where heads share the entries: each thread then loads its own, at full width.
     here = row & (head < tl.maximum(q_heads, k_heads))
@@ -231,6 +253,8 @@ def _rotary_kernel(
     sin += (batch * sin_batch + token * sin_token + head * sin_head) * TABLE_UNIT
     c1, c2 = _entries(cos, cos_column, here, ROTARY_DIM, HALF, INTERLEAVED, ENTRY_EACH)
     s1, s2 = _entries(sin, sin_column, here, ROTARY_DIM, HALF, INTERLEAVED, ENTRY_EACH)
+
+    # 3. q's heads, then k's, which has none if there is no k.
     _rotate(
         q, q_out, q_head, q_out_head, q_heads, row, c1, c2, s1, s2,
         ROTARY_DIM, HALF, INTERLEAVED, ROUNDED, REAL, IMAGINARY, HEADS, UNIT, INTERPRETED,
@@ -248,7 +272,7 @@ def _rotate(
     ROUNDED: tl.constexpr, REAL: tl.constexpr, IMAGINARY: tl.constexpr,
     HEADS: tl.constexpr, UNIT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Rotate this program's tiles of heads, whose table entries are the same."""
+    """Rotate this program's tiles of heads by the entries that they share: c1, s1 of firsts, c2, s2 of seconds."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     for start in range(tl.program_id(1) * HEADS, heads, tl.num_programs(1) * HEADS):
         head = (start + tl.arange(0, HEADS))[None, :, None]
@@ -279,7 +303,7 @@ def _entries(
     table, column, here,
     ROTARY_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ENTRY_EACH: tl.constexpr,
 ):  # fmt: skip
-    """A table's entries for the first and for the second members of the pairs, in the dtype to compute in."""
+    """Load a table's entries for the first and for the second members of the pairs, in the dtype to compute in."""
     if ENTRY_EACH:
         first, second = _load(table, column, here, ROTARY_DIM, HALF, INTERLEAVED)
     else:
@@ -293,7 +317,7 @@ def _entries(
 
 @triton.jit
 def _load(x, column, here, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second members of all pairs of some rows, whose columns are `column` elements apart."""
+    """Load the first and the second members of all pairs of some heads, whose columns are `column` elements apart."""
     if INTERLEAVED:
         place = tl.arange(0, 2 * HALF)[None, None, :].to(tl.int64)
         both = tl.load(x + place * column, mask=here & (place < ROTARY_DIM), other=0.0)
@@ -308,7 +332,7 @@ def _load(x, column, here, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr, INTERLE
 
 @triton.jit
 def _store(out, first, second, here, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Put the members where `_load` finds them."""
+    """Store the members where `_load` finds them."""
     if INTERLEAVED:
         place = tl.arange(0, 2 * HALF)[None, None, :]
         both = tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1], 2 * HALF])
@@ -322,7 +346,7 @@ def _store(out, first, second, here, ROTARY_DIM: tl.constexpr, HALF: tl.constexp
 
 @triton.jit
 def _times(x, entry, dtype: tl.constexpr, ROUNDED: tl.constexpr, INTERPRETED: tl.constexpr):
-    """A product, which the eager formula may have stored as a smaller dtype."""
+    """Multiply, and round the product as the eager formula does that stores it as a smaller dtype."""
     product = x * entry
     if ROUNDED:
         product = _round(product, dtype, INTERPRETED).to(tl.float32)
@@ -331,7 +355,7 @@ def _times(x, entry, dtype: tl.constexpr, ROUNDED: tl.constexpr, INTERPRETED: tl
 
 @triton.jit
 def _round(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 values to the nearest ones of a dtype, ties to even."""
+    """Round fp32 values to the nearest ones of a dtype, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's cast truncates
         bits = value.to(tl.int32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
