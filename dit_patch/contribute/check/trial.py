@@ -281,7 +281,7 @@ class _Trial:
 
     def _coarse(self) -> set[str]:
         """Return the sites whose key is known to be too coarse, as findings name them."""
-        return {self.spec.called(each.site) for each in self.result.sites.values() if each.too_coarse}
+        return {self.spec.label(each.site) for each in self.result.sites.values() if each.too_coarse}
 
     def _problem(self, text: str) -> None:
         self.result.problems[text] = None
