@@ -1,4 +1,4 @@
-"""Functions that a spec may name, `dit_patch.functions.<module>:<function>`.
+"""Functions that a spec may name in `use:`, `then:` and `reads:`, as `dit_patch.functions.<module>:<function>`.
 
     - at: forward:apply_rotary_emb
       kind: rotary
