@@ -11,6 +11,7 @@ from ..sites import resolve
 from ..sites.patch import Patch
 from ..sites.scope import Frame
 from ..sites.span import Span
+from ..upstream.torch_internals import is_compiled
 
 
 class Reach:
@@ -65,7 +66,7 @@ def _is_inside_compiled_code(model: torch.nn.Module, at: str) -> bool:
     path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
     if ":" in at:
         # Who calls a global cannot be told from outside.
-        return any(map(resolve.compiled, model.modules()))
+        return any(map(is_compiled, model.modules()))
     if "*" in path:
         owners = resolve.branches(model, path, at)
         return all(resolve.compiled_along(model, resolve.filled_in(path, stars)) for _, stars in owners)
