@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dit_patch
+from dit_patch.rotary import rotary
 from dit_patch.upstream import (
     accelerate_internals,
     diffusers_internals,
@@ -497,6 +498,11 @@ class TestFastVideo:
         sequence, tensor = fastvideo_internals.parallel_groups(theirs)
         assert torch.distributed.get_world_size(sequence) == torch.distributed.get_world_size(tensor) == 1
         assert not list(fastvideo_internals.parallel_groups(module()))
+
+    def test_rotary_function(self):
+        x, angles = torch.randn(1, 5, 2, 8), torch.randn(5, 4)
+        rotated = fastvideo_internals.rotary_function()(x, angles.cos(), angles.sin(), is_neox_style=False)
+        assert torch.allclose(rotated, rotary(x, angles.cos(), angles.sin()))
 
     def test_is_streaming(self):
         from fastvideo.worker.multiproc_executor import MultiprocExecutor

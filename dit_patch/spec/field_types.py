@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandle
 from pydantic_core import CoreSchema, core_schema
 
 from ..errors import quote
-from .messages import one_of, shown
+from .messages import one_of, show
 
 _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 _MODULE = rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*"
@@ -107,7 +107,7 @@ def _number_or_word(given: Any) -> Any:
     words = get_args(FillWord)
     if isinstance(given, str) and given in words:
         return given
-    raise ValueError(f"expected a number or {one_of(words)}, not {shown(given)}")
+    raise ValueError(f"expected a number or {one_of(words)}, not {show(given)}")
 
 
 def _size_or_symbol(given: Any) -> Any:
@@ -115,7 +115,7 @@ def _size_or_symbol(given: Any) -> Any:
         return given
     if isinstance(given, str) and re.fullmatch(_IDENTIFIER, given):
         return given
-    raise ValueError(f"{shown(given)} is not a size; it is a whole number above 0, or a name that `sizes` binds")
+    raise ValueError(f"{show(given)} is not a size; it is a whole number above 0, or a name that `sizes` binds")
 
 
 def _requirement(text: str) -> str:

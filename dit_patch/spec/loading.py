@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..errors import SpecError
-from .messages import in_words, is_echo
+from .messages import describe_error, is_consequence
 from .model import Spec
 from .origin import Origin
 from .trust import untrusted_code
@@ -56,7 +56,7 @@ def _build(document: Document, name: str, path: Path | None, trusted: bool) -> S
             origin = Origin.of_document(document, name, path, trusted)
             spec = Spec.model_validate(document.data, context=origin)
         except ValidationError as error:
-            complaints += [in_words(each, document, Spec) for each in error.errors() if not is_echo(each)]
+            complaints += [describe_error(each, document, Spec) for each in error.errors() if not is_consequence(each)]
     else:
         complaints.append((document.places[()].value, "a spec is a mapping that begins with `model:`"))
     if not trusted and isinstance(document.data, dict):

@@ -14,12 +14,12 @@ from ..errors import quote, suggest
 from .yaml_reader import Document, Loc, Position
 
 
-def is_echo(error: ErrorDetails) -> bool:
+def is_consequence(error: ErrorDetails) -> bool:
     """Return whether the error only follows from others: a list is "too short" when all that it holds is wrong."""
     return error["type"] == "too_short" and bool(error["input"])
 
 
-def in_words(error: ErrorDetails, document: Document, root: type[BaseModel]) -> tuple[Position, str]:
+def describe_error(error: ErrorDetails, document: Document, root: type[BaseModel]) -> tuple[Position, str]:
     """Return where in the document an error of `root` is to be mended, and the sentence that says so."""
     loc = document.existing_part(error["loc"])
     place = document.places[loc]
@@ -29,15 +29,15 @@ def in_words(error: ErrorDetails, document: Document, root: type[BaseModel]) -> 
         message = f"unknown key{suggest(str(error['loc'][-1]), _part_at(error['loc'][:-1], root).model_fields)}"
     else:
         message = _WORDS.get(error["type"], _other)(error, place.text)
-    return position, f"{dotted(loc)}: {message}" if loc else message
+    return position, f"{dotted_path(loc)}: {message}" if loc else message
 
 
-def dotted(loc: Loc) -> str:
+def dotted_path(loc: Loc) -> str:
     """Return a path in the data as messages write it: `sites.1.key`."""
     return quote(".".join(map(str, loc)), limit=120)[1:-1]
 
 
-def shown(given: Any, text: str | None = None) -> str:
+def show(given: Any, text: str | None = None) -> str:
     """Return what was given instead, in the user's own `text` where that is known."""
     if given is None:
         return "nothing"
@@ -77,19 +77,19 @@ def _not_among(error: ErrorDetails, text: str | None) -> str:
     words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
     given = error["input"]
     hint = suggest(given, words) if isinstance(given, str) else ""
-    return f"expected {one_of(words)}, not {shown(given, text)}{hint}"
+    return f"expected {one_of(words)}, not {show(given, text)}{hint}"
 
 
 def _not_text(error: ErrorDetails, text: str | None) -> str:
     given = error["input"]
     if isinstance(given, (bool, int, float)):
         kind = "true or false" if isinstance(given, bool) else "a number"
-        return f"expected text, and {shown(given, text)} is read as {kind}; put it in quotes"
-    return f"expected text, not {shown(given)}"
+        return f"expected text, and {show(given, text)} is read as {kind}; put it in quotes"
+    return f"expected text, not {show(given)}"
 
 
 def _expected(what: str) -> Callable[[ErrorDetails, str | None], str]:
-    return lambda error, text: f"expected {what}, not {shown(error['input'], text)}"
+    return lambda error, text: f"expected {what}, not {show(error['input'], text)}"
 
 
 def _other(error: ErrorDetails, text: str | None) -> str:
@@ -108,11 +108,11 @@ _WORDS: dict[str, Callable[[ErrorDetails, str | None], str]] = {
     "mapping_type": _MAPPING,
     "model_type": _MAPPING,
     "model_attributes_type": _MAPPING,
-    "greater_than": lambda error, text: f"must be above {error['ctx']['gt']}, not {shown(error['input'], text)}",
+    "greater_than": lambda error, text: f"must be above {error['ctx']['gt']}, not {show(error['input'], text)}",
     "greater_than_equal": lambda error, text: (
-        f"must be at least {error['ctx']['ge']}, not {shown(error['input'], text)}"
+        f"must be at least {error['ctx']['ge']}, not {show(error['input'], text)}"
     ),
-    "less_than_equal": lambda error, text: f"must be at most {error['ctx']['le']}, not {shown(error['input'], text)}",
+    "less_than_equal": lambda error, text: f"must be at most {error['ctx']['le']}, not {show(error['input'], text)}",
     "too_short": lambda error, text: "must not be empty",
     "value_error": lambda error, text: str(error["ctx"]["error"]),
 }

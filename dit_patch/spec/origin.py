@@ -24,8 +24,8 @@ class Origin:
     name: str = ""
     path: Path | None = None
     trusted: bool = False
-    keys: Mapping[str, str] = field(default_factory=dict)
-    sites: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sites: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_document(cls, document: Document, name: str, path: Path | None, trusted: bool) -> Origin:

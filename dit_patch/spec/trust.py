@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..errors import quote
-from .messages import dotted
+from .messages import dotted_path
 from .yaml_reader import Document, Loc, Position
 
 OWN_CODE = ("dit_patch.functions.", "dit_patch.hosts.")
@@ -25,7 +25,7 @@ def untrusted_code(document: Document) -> Iterator[tuple[Position, str]]:
                 f"{quote(place.text)} is code outside `{OWN_CODE[0].rstrip('.')}`, which a spec of your own may name "
                 "only if you trust it: trust=True, or --trust-specs"
             )
-            yield place.start, f"{dotted(loc)}: {message}"
+            yield place.start, f"{dotted_path(loc)}: {message}"
 
 
 def _names_code(loc: Loc, text: str) -> bool:

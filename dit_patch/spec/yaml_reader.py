@@ -56,8 +56,8 @@ class Document:
     """The data of one file, with a `Place` for every entry by its path, such as `("sites", 1, "key")`."""
 
     file: str
-    data: Any = None
-    places: dict[Loc, Place] = field(default_factory=dict)
+    data: Any = field(default=None, repr=False)
+    places: dict[Loc, Place] = field(default_factory=dict, repr=False)
     complaints: list[tuple[Position, str]] = field(default_factory=list)
 
     def existing_part(self, loc: Loc) -> Loc:

@@ -1,4 +1,4 @@
-"""What dit_patch knows of FastVideo beyond its documented interface; FastVideo itself is not imported.
+"""What dit_patch knows of FastVideo beyond its documented interface; FastVideo itself is imported only by `rotary_function`.
 
 Seen in FastVideo 0.2.1. Building its models and calling them alone is the business of `hosts.fastvideo`.
 """
@@ -6,7 +6,7 @@ Seen in FastVideo 0.2.1. Building its models and calling them alone is the busin
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ def parallel_groups(model: torch.nn.Module) -> Iterator[Any]:
     if state is not None and ours and state.model_parallel_is_initialized():
         yield state.get_sp_group().device_group
         yield state.get_tp_group().device_group
+
+
+def rotary_function() -> Callable:
+    """Return the function that applies rotary embeddings in all its models: `_apply_rotary_emb`, which specs replace.
+
+    Raises:
+        ImportError: FastVideo is not installed, or has it elsewhere.
+    """
+    from fastvideo.layers.rotary_embedding import _apply_rotary_emb
+
+    return _apply_rotary_emb
 
 
 def is_streaming(executor: Any) -> bool:

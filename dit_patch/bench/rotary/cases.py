@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...sites.inner_functions import Locals
+from ...upstream import fastvideo_internals
 from ..sites import version
 
 _GRID = (3, 22, 40)  # latent frames, height and width of a Matrix-Game 2 block, in tokens
@@ -111,17 +112,13 @@ def _hunyuan(q: torch.Tensor, k: torch.Tensor) -> Problem:
 
 
 def _fastvideo(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype = torch.float32) -> Problem:
-    from fastvideo.layers.rotary_embedding import _apply_rotary_emb
-
     tables = tuple(table.to(dtype) for table in _repeated(q))
-    return Problem(_apply_rotary_emb, tables, q, k, *tables, options={"is_neox_style": False})
+    return Problem(fastvideo_internals.rotary_function(), tables, q, k, *tables, options={"is_neox_style": False})
 
 
 def _action_module(q: torch.Tensor, k: torch.Tensor) -> Problem:
-    from fastvideo.layers.rotary_embedding import _apply_rotary_emb
-
     tables = tuple(table.float()[:, ::2] for table in _repeated(q))
-    return Problem(_apply_rotary_emb, tables, q, k, *tables, options={"is_neox_style": False})
+    return Problem(fastvideo_internals.rotary_function(), tables, q, k, *tables, options={"is_neox_style": False})
 
 
 def _matrix_game(q: torch.Tensor, k: torch.Tensor) -> Problem:
