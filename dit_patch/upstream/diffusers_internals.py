@@ -1,4 +1,4 @@
-"""What dit_patch knows of diffusers beyond its documented interface; diffusers itself is imported only where it is asked for something.
+"""What dit_patch knows of diffusers beyond its documented interface. Importing this does not import diffusers.
 
 Seen in diffusers 0.42, if a fact says nothing else.
 """

@@ -1,4 +1,4 @@
-"""What dit_patch knows of FastVideo beyond its documented interface; FastVideo itself is imported only by `rotary_function`.
+"""What dit_patch knows of FastVideo beyond its documented interface. Importing this does not import FastVideo.
 
 Seen in FastVideo 0.2.1. Building its models and calling them alone is the business of `hosts.fastvideo`.
 """
