@@ -81,7 +81,7 @@ def rotary_qk_(
     arithmetic: Arithmetic = "separate",
     rotary_dim: int | None = None,
 ) -> None:
-    """As `rotary`, but where they are: `q` (B, S, Hq, D) and `k` (B, S, Hk, D), which may have fewer heads, or None.
+    """Rotate `q` (B, S, Hq, D) and `k` (B, S, Hk, D) in place, as `rotary` does; `k` may have fewer heads, or be None.
 
     Raises:
         RotaryError: as `rotary`; and where the last dimension of `q` or `k` is strided.
