@@ -10,9 +10,10 @@ from conftest import Tiny
 from diffusers.models import embeddings
 from diffusers.models.transformers import transformer_wan
 
-import dit_patch.sites.patch
+import dit_patch
 from dit_patch.contribute import verify
 from dit_patch.functions import rotary as functions
+from dit_patch.sites import replaced
 
 WAN = "diffusers.models.transformers.transformer_wan:WanAttnProcessor.__call__.<locals>.apply_rotary_emb"
 HUNYUAN = "diffusers.models.embeddings:apply_rotary_emb"
@@ -143,8 +144,8 @@ def test_out_of_memory_is_the_caller_s_to_know_and_no_reason_to_do_without(wan, 
 def test_each_new_layout_is_compared_once_and_with_check_always_each_call(rotated, monkeypatch):
     each, at = rotated
     compared = []
-    same = dit_patch.sites.patch.same
-    monkeypatch.setattr(dit_patch.sites.patch, "same", lambda one, two: compared.append(one.shape) or same(one, two))
+    same = replaced.same
+    monkeypatch.setattr(replaced, "same", lambda one, two: compared.append(one.shape) or same(one, two))
     handle = each.apply(only=["rotary"])
     hits = each.agree(each.calls())
     first = len(compared)
@@ -224,7 +225,7 @@ def test_the_processor_s_code_is_another_one_only_while_a_handle_is_there(wan, m
     assert consts() != before
     handle.remove()
     assert consts() == before
-    monkeypatch.setattr(dit_patch.handle.Handle, "_watch", lambda *_: 1 / 0)
+    monkeypatch.setattr(dit_patch.handle.Handle, "watch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         wan.apply()
     assert consts() == before

@@ -337,7 +337,7 @@ def test_what_an_earlier_forward_left_behind_is_cleared_and_put_back(patched):
         prepare=lambda model: setattr(model.lazy, "left", torch.full((3,), 5.0)),
     )
     assert before is None and model.lazy.left is None
-    left = handle.patched_models[0].patches[0]._cleared[0]
+    left = handle.patched_models[0].patches[0]._leftovers._values[0]
     handle.remove()
     assert model.lazy.left is left and left.eq(5).all()
 

@@ -142,7 +142,7 @@ class Handle(ReportedHandle):
         for model in reversed(self.patched_models):
             if model.scope is not None:
                 model.scope.remove()
-            asleep += [patch.where for patch in reversed(model.patches) if not patch.remove()]
+            asleep += [patch.label for patch in reversed(model.patches) if not patch.remove()]
         return asleep
 
     def _clear_after(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:

@@ -10,10 +10,10 @@ import torch
 from ..findings import Finding, FindingKind, warn
 from ..report.rows import SiteStats, site_stats
 from ..sites import layers, resolve, scope
-from ..sites.bind import live
+from ..sites.bind import bind
+from ..sites.binding import Binding
 from ..sites.patch import Patch
 from ..sites.scope import Frame, Scope
-from ..sites.span import Span
 from ..spec.model import Site, Spec
 from ..step_cache.live import Stepping
 from .reach import Reach
@@ -31,21 +31,21 @@ class PatchedModel:
     def __init__(self, handle: Handle, name: str, model: torch.nn.Module, spec: Spec) -> None:
         self.handle, self.name, self.model, self.spec = handle, name, model, spec
         #: What is live, by the addresses of the sites.
-        self.sites: dict[str, list[Patch | Span]] = {}
+        self.sites: dict[str, list[Patch]] = {}
         #: What was noticed of a site, by its address.
         self.findings: dict[str, Finding] = {}
         self.scope: Scope | None = None
         self.step_cache: Stepping | None = None
         #: Whether the model has been called since.
         self.was_called = False
+        self._binding = Binding.of(spec, model, handle.budget, handle.options.check, handle.options.fixes)
         self._reach = Reach(model, self.sites)
-        self._device: torch.device | None = None
 
     def __repr__(self) -> str:
         return f"<PatchedModel {self.name}: {type(self.model).__name__} by {self.spec.name}, {len(self.sites)} sites>"
 
     @property
-    def patches(self) -> list[Patch | Span]:
+    def patches(self) -> list[Patch]:
         """All that is live, in the order of the spec."""
         return [patch for patches in self.sites.values() for patch in patches]
 
@@ -64,7 +64,7 @@ class PatchedModel:
             patch.install()
         self.handle.clear_after(self.model, _EDITS)
         self.scope = Scope(self.model, self._on_forward_end, self._on_forward_start, self.spec.parameters, self.handle)
-        if any(isinstance(patch, Span) for patch in self.patches):
+        if any(patch.leaves_modes for patch in self.patches):
             self.handle.add_layer(layers.install(self.model, "forward", self._end_spans))
         if self.handle.options.step_cache is not None:
             self.step_cache = Stepping(self.name, self.model, self.spec, target, self.handle.options.step_cache)
@@ -100,10 +100,7 @@ class PatchedModel:
 
     def _bind(self, site: Site, target: Any) -> None:
         """Make a site live, or note why it is not."""
-        options, budget = self.handle.options, self.handle.budget
-        patches, finding = live(
-            self.spec, site, self.model, target, budget=budget, check=options.check, fixes=options.fixes
-        )
+        patches, finding = bind(self.spec, site, self._binding, target)
         self.findings.pop(site.at, None)
         if patches:
             self.sites[site.at] = patches
@@ -124,19 +121,13 @@ class PatchedModel:
     def _on_forward_start(self, frame: Frame) -> None:
         self.was_called = True
         self.handle.budget.begin()
-        leaving, spans = self._concerned
-        if leaving and frame.device != self._device:
-            self._device = frame.device
-            for patch in leaving:
-                patch.moved()
-        for span in spans:
-            span.begin()
+        for patch in self._watchers:
+            patch.on_forward_start(frame)
 
     @cached_property
-    def _concerned(self) -> tuple[list[Patch], list[Span]]:
-        """The patches that a new device matters to, and the spans that begin where a forward does."""
-        leaving = [patch for patch in self.patches if isinstance(patch, Patch) and patch.leaves_something]
-        return leaving, [span for span in self.patches if isinstance(span, Span) and span.start is None]
+    def _watchers(self) -> list[Patch]:
+        """The patches that want to know of the start of a forward."""
+        return [patch for patch in self.patches if patch.watches_forwards]
 
     def _on_forward_end(self, frame: Frame) -> None:
         if self.step_cache is not None:

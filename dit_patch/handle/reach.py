@@ -10,14 +10,13 @@ from ..findings import Finding, FindingKind
 from ..sites import resolve
 from ..sites.patch import Patch
 from ..sites.scope import Frame
-from ..sites.span import Span
 from ..upstream.torch_internals import is_compiled
 
 
 class Reach:
     """What is known of the sites of one model after its forwards; `sites` holds what is live, by address."""
 
-    def __init__(self, model: torch.nn.Module, sites: Mapping[str, Sequence[Patch | Span]]) -> None:
+    def __init__(self, model: torch.nn.Module, sites: Mapping[str, Sequence[Patch]]) -> None:
         self.model, self.sites = model, sites
         self.reached: set[str] = set()
         self.reported: set[str] = set()
@@ -37,14 +36,14 @@ class Reach:
         self.compiled.clear()
         return reported
 
-    def _finding(self, frame: Frame, at: str, live: Sequence[Patch | Span]) -> Finding | None:
+    def _finding(self, frame: Frame, at: str, live: Sequence[Patch]) -> Finding | None:
         if at in self.reported or at.startswith("pipeline:"):
             return None
         if any(patch in frame.calls for patch in live):
             self.reached.add(at)
             return None
         kind = FindingKind.UNREACHED
-        if any(patch.displaced for patch in live):
+        if any(patch.is_displaced for patch in live):
             kind = FindingKind.DISPLACED
         elif at in self.reached:  # a site inside another is called only where that one has no result
             return None

@@ -9,7 +9,7 @@ other keys. Asking a known tensor whether it is true is such a step, too: on a G
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 from ..errors import SiteError, suggest
 from ..memo.keys import Argument, Pins, Uncacheable, ambient
 from ..memo.lookup import Memo
-from ..memo.store import Budget, Entry
+from ..memo.store import Entry
 from ..spec.model import Site
 from ..upstream.torch_internals import is_capturing, leave_function_mode
 from . import scope
+from .binding import Binding
 from .resolve import compiled_along
 
 _CPU = torch.device("cpu")
@@ -39,8 +40,7 @@ _METHODS = frozenset(
 class Span:
     """A live span of `model`, between the end of its submodule `start`, or of nothing, and the beginning of `end`.
 
-    A span without a `start` has to be told that a forward begins: `begin()`. `path` is that of `end`; `parameters` are
-    the forward's.
+    A span without a `start` has to be told that a forward begins. `path` is that of `end`.
 
     Raises:
         SiteError: where the spec names an argument that the model's forward does not have.
@@ -49,29 +49,39 @@ class Span:
     def __init__(
         self,
         site: Site,
-        model: torch.nn.Module,
+        label: str,
+        binding: Binding,
         start: torch.nn.Module | None,
         end: torch.nn.Module,
         path: str,
-        parameters: Sequence[str],
-        *,
-        where: str,
-        budget: Budget,
-        check: str,
     ) -> None:
-        self.site, self.model, self.start, self.end, self.path, self.where = site, model, start, end, path, where
-        self.memo = Memo(where, budget, check)
+        self.site, self.label, self.model = site, label, binding.model
+        self.start, self.end, self.path = start, end, path
+        self.memo = Memo(label, binding.budget, binding.check)
         self.names = [name.removeprefix("model.") for name in site.key]
         for name in self.names:
-            if name not in parameters and not scope.takes_any(model):
-                raise SiteError(f"{where}: the model's forward has no parameter `{name}`{suggest(name, parameters)}")
+            if name not in binding.parameters and not binding.takes_any:
+                near = suggest(name, binding.parameters)
+                raise SiteError(f"{label}: the model's forward has no parameter `{name}`{near}")
         self._hooks: list = []
+
+    def __repr__(self) -> str:
+        return f"<Span {self.site.at}: {self.memo.cache.hits} hits, {self.memo.cache.misses} misses>"
+
+    @property
+    def watches_forwards(self) -> bool:
+        """Whether it begins where a forward does."""
+        return self.start is None
+
+    def on_forward_start(self, frame: scope.Frame) -> None:
+        """Begin to watch, at the start of a forward."""
+        self.begin()
 
     def install(self) -> None:
         if not self._hooks:
-            self._hooks = [self.end.register_forward_pre_hook(scope.Hook(self.finish), prepend=True)]
+            self._hooks = [self.end.register_forward_pre_hook(scope.Hook(self.finish, self), prepend=True)]
             if self.start is not None:
-                self._hooks.append(self.start.register_forward_hook(scope.Hook(self.begin)))
+                self._hooks.append(self.start.register_forward_hook(scope.Hook(self.begin, self)))
 
     def remove(self) -> bool:
         for hook in self._hooks:
@@ -83,8 +93,9 @@ class Span:
     def clear(self) -> None:
         self.memo.cache.clear()
 
-    displaced = False  # torch's hooks stay where they are
+    is_displaced = False  # torch's hooks stay where they are
     fixes = False
+    leaves_modes = True
 
     def begin(self, *_) -> None:
         frame = scope.current()
@@ -160,7 +171,7 @@ class _Step:
         self.watch, self.function, self.args, self.kwargs = watch, function, args, kwargs
 
     def parts(self, pins: Pins | None, facets: tuple[str, ...] = ("identity",)) -> list[Hashable]:
-        argument = Argument(self.function.__name__, facets, self.watch.span.where)
+        argument = Argument(self.function.__name__, facets, self.watch.span.label)
         return [
             *(argument.part(value, pins) for value in self.args),
             *((name, argument.part(value, pins)) for name, value in self.kwargs.items()),

@@ -1,12 +1,79 @@
-"""What to hand out in place of a result that is computed for nobody: small, and useless to whoever reads it."""
+"""A site whose result is computed for nobody: what is handed out instead is small, and useless to whoever reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..memo.keys import Uncacheable, ambient
 from ..memo.store import map_tensors
+from ..upstream.torch_internals import is_capturing
+from . import scope
+from .binding import Attribute, Binding
+from .output import Output
+from .patch import AttributePatch
+from .scope import Frame
+
+
+class StandInSite(AttributePatch):
+    """Hands out a stand-in where the spec says that nobody reads the result; else it does what `otherwise` does.
+
+    A spec says `unused: true`, or `unused_with:` the arguments of the model's forward with which it is unused.
+    """
+
+    def __init__(self, binding: Binding, attribute: Attribute, otherwise: AttributePatch) -> None:
+        super().__init__(binding, attribute)
+        self.otherwise, self.memo = otherwise, otherwise.memo
+        self._output = Output(self.site)
+        self._unused_with = tuple(name.removeprefix("model.") for name in self.site.unused_with)
+        self._may_be_captured = self.may_be_captured
+        self._results: dict[torch.device | None, Any] = {}
+
+    def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        frame = scope.current()
+        if frame is None or frame.model is not self.model:
+            return self.otherwise(original, instance, args, kwargs)
+        frame.calls[self] = frame.calls.get(self, 0) + 1
+        if self.memo.off is not None or not self._is_unread(frame):
+            return self.otherwise(original, instance, args, kwargs)
+        if self.overrides is not None:
+            args, kwargs = self.overrides.apply(frame, args, kwargs)
+        try:
+            context = ambient(self._may_be_captured)
+        except Uncacheable as reason:
+            self.memo.bypass(str(reason))
+            return original(*args, **kwargs)
+        device = self._output.device(frame)
+        if context is not None and is_capturing():
+            return self._results[device] if device in self._results else original(*args, **kwargs)
+        if device not in self._results:
+            self.memo.cache.miss()
+            result = self.memo.timed(lambda: original(*args, **kwargs))
+            self._results[device] = stand_in(result, device, self._output.dtype)
+        else:
+            self.memo.cache.hits += 1
+        return map_tensors(lambda tensor: tensor, self._results[device])
+
+    def clear(self) -> None:
+        """Forget every result."""
+        self._results = {}
+        self.otherwise.clear()
+
+    def _is_unread(self, frame: Frame) -> bool:
+        """Return whether the result is for nobody: in any forward, or in this one, which got all of `unused_with`."""
+        if frame.nameless and self._unused_with:
+            return False
+        if self.site.unused:
+            return True
+        given = [frame.argument(name) for name in self._unused_with]
+        return bool(given) and all(map(_is_given, given))
+
+
+def _is_given(value: Any) -> bool:
+    """Return whether an argument was given, and whole if it is a list."""
+    return value is not None and not (isinstance(value, (list, tuple)) and any(item is None for item in value))
 
 
 def stand_in(result: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:

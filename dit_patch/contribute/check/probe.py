@@ -20,7 +20,7 @@ import torch
 from ...memo.keys import Argument, Uncacheable, flat
 from ...memo.store import map_tensors, mask_parts
 from ...sites import layers, scope
-from ...sites.patch import Patch
+from ...sites.memoised import MemoisedSite
 from ...sites.scope import Scope
 from ...spec import mini
 from ...spec.model import Spec
@@ -62,7 +62,7 @@ def generations(case: Case, steps: int, **options: Any) -> tuple[list[dict[str, 
 def record(
     model: torch.nn.Module,
     spec: Spec,
-    patches: Iterable[Patch],
+    patches: Iterable[MemoisedSite],
     forwards: Iterable[Mapping[str, Any]],
     moments: Sequence[tuple[int, int]],
 ) -> dict[str, list[list[Call]]]:
@@ -79,7 +79,7 @@ def record(
         for patch in patches:
             own: list[Call] = []
             calls.setdefault(patch.site.at, []).append(own)
-            layer = layers.install(patch.owner, patch.name, _Probe(patch, state, own))
+            layer = layers.install(patch.attribute.owner, patch.attribute.name, _Probe(patch, state, own))
             undo.callback(layers.remove, layer)
         for number, arguments in enumerate(forwards):
             state.forward, state.moment = number, moments[number]
@@ -95,7 +95,7 @@ class _Running:
 class _Probe:
     """Stands around an attribute and writes down its calls."""
 
-    def __init__(self, patch: Patch, state: _Running, calls: list[Call]) -> None:
+    def __init__(self, patch: MemoisedSite, state: _Running, calls: list[Call]) -> None:
         self.patch, self.state, self.calls = patch, state, calls
 
     def __call__(self, original: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -105,13 +105,13 @@ class _Probe:
             return result
         ordinal = frame.calls.get(self, 0)
         frame.calls[self] = ordinal + 1
-        given = dict(zip(self.patch.parameters, args)) | kwargs
+        given = dict(zip(self.patch.attribute.parameters, args)) | kwargs
         given |= {f"model.{name}": value for name, value in frame.arguments.items()}
         call = Call(self.state.forward, self.state.moment, ordinal, {}, digest(result), given=given)
         for name, value in given.items():
             try:
                 call.parts[name] = {
-                    facet: Argument(name, (facet,), self.patch.where).part(value, None) for facet in FACETS
+                    facet: Argument(name, (facet,), self.patch.label).part(value, None) for facet in FACETS
                 }
             except Uncacheable:
                 continue
@@ -158,7 +158,7 @@ def too_fine(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> str | Non
 def uncounted(
     model: torch.nn.Module,
     spec: Spec,
-    patches: Iterable[Patch],
+    patches: Iterable[MemoisedSite],
     arguments: Mapping[str, Any],
     keys: Mapping[str, Mapping[str, tuple[str, ...]]],
 ) -> dict[str, list[str]]:
@@ -184,9 +184,9 @@ def uncounted(
             before, after = plain[at][number[at]], changed[at][number[at]]
             number[at] += 1
             if weights:
-                if patch.counts(weights[0]):
+                if patch.depends_on(weights[0]):
                     continue
-                place = _outermost(cause, paths.get(id(patch.owner), ""))
+                place = _outermost(cause, paths.get(id(patch.attribute.owner), ""))
             if _stale(before, after, keys[at]) and place not in found.setdefault(at, []):
                 found[at].append(place)
 

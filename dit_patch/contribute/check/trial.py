@@ -17,7 +17,9 @@ from ...errors import DitPatchError, SiteError, StepCacheError, VersionError
 from ...findings import DitPatchWarning, FindingKind
 from ...handle import Handle, Options, check_versions, patch
 from ...memo.store import Budget
-from ...sites.bind import live
+from ...sites.bind import bind
+from ...sites.binding import Binding
+from ...sites.memoised import MemoisedSite
 from ...sites.patch import Patch
 from ...spec import mini
 from ...spec.model import Site, Spec
@@ -107,7 +109,7 @@ class _Trial:
             if self.dtype is self.subject.dtypes[0]:
                 return self._problem(f"{self.subject.name}: {what}")
             return f"{self.where:<34}  not tried: {what}"
-        spec, patches = self._live(model)
+        spec, patches = self._bind(model)
         with self._around():
             self._probe(model, patches, forwards, moments)
             wrong = blocks.problems(model, self.spec, mini.repeat(forwards))
@@ -125,14 +127,15 @@ class _Trial:
     def _around(self) -> AbstractContextManager:
         return mini.autocast(self.spec, self.dtype, self.device)
 
-    def _live(self, model: torch.nn.Module) -> tuple[Spec, list[Patch]]:
-        """The spec without the sites that cannot be made live here, and the patches of the others."""
+    def _bind(self, model: torch.nn.Module) -> tuple[Spec, list[MemoisedSite]]:
+        """The spec without the sites that cannot be bound here, and the patches of the others."""
         good, patches = [], []
+        binding = Binding.of(self.spec, model, Budget(BYTES))
         for site in self.spec.sites:
             record = self.result.sites[site.at]
             try:
                 with self._heard():
-                    made, note = live(self.spec, site, model, model, budget=Budget(BYTES), check="first", fixes=False)
+                    made, note = bind(self.spec, site, binding, model)
             except SiteError as error:
                 record.equal = False
                 self._problem(str(error))
@@ -142,10 +145,10 @@ class _Trial:
                 if note:
                     record.notes[note.note] = None
             good.append(site)
-            patches += [each for each in made if isinstance(each, Patch) and site.key]
+            patches += [each for each in made if isinstance(each, MemoisedSite) and site.key]
         return self.spec.model_copy(update={"sites": tuple(good)}), patches
 
-    def _probe(self, model: torch.nn.Module, patches: list[Patch], forwards: list[dict], moments: list) -> None:
+    def _probe(self, model: torch.nn.Module, patches: list[MemoisedSite], forwards: list[dict], moments: list) -> None:
         calls = probe.record(model, self.spec, patches, mini.repeat(forwards), moments)
         for at, several in calls.items():
             site = self.result.sites[at].site
@@ -220,7 +223,7 @@ class _Trial:
             for site_patch in patched.sites.get(row.at, ()):
                 memo = site_patch.memo
                 record.seconds = min(record.seconds, memo.seconds)
-                unequal = isinstance(site_patch, Patch) and site_patch.site.use and site_patch.replacement is None
+                unequal = _gave_way(site_patch)
                 if memo.off or unequal:
                     record.equal = False
             for reason in row.bypassed:
@@ -313,6 +316,12 @@ def _judge(result: Result, *, whole: bool) -> None:
             result.problems[f"{called}: {record.finer}"] = None
         elif not record.hits:
             result.problems[f"{called}: never hits: {_why(record)}"] = None
+
+
+def _gave_way(patch: Patch) -> bool:
+    """Return whether the site was to have a replacement, and calls the original."""
+    replacement = getattr(patch, "replacement", None)
+    return bool(patch.site.use) and (replacement is None or replacement.function is None)
 
 
 def _why(record: SiteRecord) -> str:

@@ -17,7 +17,8 @@ import torch
 from ...errors import SiteError
 from ...memo.store import Budget
 from ...sites import scope
-from ...sites.patch import Means, Patch
+from ...sites.binding import Attribute, Binding
+from ...sites.memoised import MemoisedSite
 from ...spec.fingerprint import fingerprint
 from ...spec.model import Site, Spec
 from ..check import blocks, probe
@@ -99,20 +100,20 @@ def sites(
     return [replace(each, reads=tuple(reads.get(each.at, ()))) for each in found]
 
 
-def _patch(model: torch.nn.Module, path: str, lists: Sequence[str]) -> Patch | None:
+def _patch(model: torch.nn.Module, path: str, lists: Sequence[str]) -> MemoisedSite | None:
     """A site on the forward of the submodule, not installed; None inside a block list, and where it has none."""
     module = model.get_submodule(path)
     if any(f"{path}.".startswith(f"{each}.") for each in lists) or type(module).__module__ in _TRIVIAL:
         return None
     site = Site(at=f"{path}.forward", kind="context")
-    means = Means(parameters=scope.parameters(model), open_ended=True)
+    binding = Binding(model, scope.parameters(model), takes_any=True, budget=Budget(1), check="never")
     try:
-        return Patch(site, model, module, "forward", means, where=path, budget=Budget(1), check="never")
+        return MemoisedSite(binding, Attribute(site, path, module, "forward"))
     except (SiteError, ValueError):
         return None
 
 
-def _propose(patch: Patch, calls: list[probe.Call], lent: Sequence[str]) -> Proposal | None:
+def _propose(patch: MemoisedSite, calls: list[probe.Call], lent: Sequence[str]) -> Proposal | None:
     """A site with a key for it; `lent` are the model's arguments that its results change with."""
     if len(calls) < 2 or len({call.result for call in calls}) == len(calls):
         return None
@@ -123,11 +124,10 @@ def _propose(patch: Patch, calls: list[probe.Call], lent: Sequence[str]) -> Prop
             continue
         timed = any("time" in name for name in (*own, *lent))
         kind = "timestep" if timed and lent else "rope" if _ROPE.search(_words(patch)) else "context"
-        about = (
-            f"{type(patch.owner).__name__}, {'kept while its inputs are' if lent else 'which depends on sizes alone'}"
-        )
+        why = "kept while its inputs are" if lent else "which depends on sizes alone"
+        about = f"{type(patch.attribute.owner).__name__}, {why}"
         facets = {name: list(each) for name, each in key.items()}
-        return Proposal(patch.site.at, kind, facets, len(calls), hits, about, _sinusoid(patch.owner))
+        return Proposal(patch.site.at, kind, facets, len(calls), hits, about, _sinusoid(patch.attribute.owner))
     return None
 
 
@@ -142,8 +142,8 @@ def _keys(own: Sequence[str], lent: Sequence[str]) -> Iterator[dict[str, tuple[s
     yield {**sizes, **dict.fromkeys(lent, ("identity",))}
 
 
-def _words(patch: Patch) -> str:
-    return f"{patch.site.at} {type(patch.owner).__name__}"
+def _words(patch: MemoisedSite) -> str:
+    return f"{patch.site.at} {type(patch.attribute.owner).__name__}"
 
 
 def _sinusoid(module: torch.nn.Module) -> tuple[str, str] | None:

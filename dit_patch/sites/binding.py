@@ -1,0 +1,130 @@
+"""What a site is bound with: the model and its arguments, and one attribute with what the site's names mean there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..errors import SiteError, suggest
+from ..memo.store import Budget
+from ..spec.model import Site, Spec
+from . import layers, scope
+from .inner_functions import Locals
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What all sites of one model are bound with."""
+
+    model: torch.nn.Module
+    #: Names of the arguments of the model's forward.
+    parameters: Sequence[str]
+    #: Whether the forward takes other arguments by keyword.
+    takes_any: bool
+    #: What the caches of all sites may hold together.
+    budget: Budget
+    #: Which hits are computed again and compared: "first", "always" or "never".
+    check: str = "first"
+    #: Whether `bind:` in a spec counts.
+    fixes: bool = False
+
+    @classmethod
+    def of(
+        cls, spec: Spec, model: torch.nn.Module, budget: Budget, check: str = "first", fixes: bool = False
+    ) -> Binding:
+        """Return what the sites of `spec` are bound with on `model`."""
+        parameters = (*scope.parameters(model), *spec.parameters)
+        return cls(model, parameters, scope.takes_any(model), budget, check, fixes)
+
+    def check_argument(self, name: str, label: str) -> None:
+        """Raise SiteError if the model's forward has no argument of this name."""
+        if name not in self.parameters and not self.takes_any:
+            raise SiteError(
+                f"{label}: the model has no parameter `{name}`{suggest(name, self.parameters)}\n"
+                f"    Parameters: {', '.join(self.parameters) or 'none'}."
+            )
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute that a site stands for; what the site reads and clears is looked up already."""
+
+    site: Site
+    #: The site with its spec and the place in it, for messages.
+    label: str
+    #: The module, Python module, stage of a pipeline or function that holds the attribute.
+    owner: Any
+    name: str
+    #: Submodules that results depend on besides the owner.
+    modules: Sequence[torch.nn.Module] = ()
+    #: Single parameters that they depend on: the group that holds each, and its name there.
+    weights: Sequence[tuple[dict, str]] = ()
+    #: Functions of no arguments whose values they depend on.
+    values: Sequence[Callable[[], Any]] = ()
+    #: Attributes in which the model keeps results of the site, as (owner, name).
+    leftovers: Sequence[tuple[Any, str]] = field(default=())
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the attribute belongs to no model: it is shared, and outlives them."""
+        return isinstance(self.owner, (ModuleType, Locals))
+
+    @property
+    def original(self) -> Callable:
+        """What is to be wrapped."""
+        return layers.innermost(self.owner, self.name)
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that can be given by position or by name, in order."""
+        return [each.name for each in self._signature if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+    @cached_property
+    def takes_any(self) -> bool:
+        """Whether the attribute takes other arguments by keyword."""
+        return any(each.kind is each.VAR_KEYWORD for each in self._signature)
+
+    @property
+    def _signature(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.original).parameters.values())
+
+    def check_names(self, binding: Binding) -> None:
+        """Raise SiteError if the site names an argument that neither the attribute nor the model's forward has."""
+        for name in [*self.site.key, *self.site.bind, *self.site.bind.values(), *self.site.unused_with]:
+            if name.startswith("model."):
+                binding.check_argument(name.removeprefix("model."), self.label)
+            elif name not in self.parameters and not self.takes_any:
+                raise SiteError(
+                    f"{self.label}: it has no parameter `{name}`{suggest(name, self.parameters)}\n"
+                    f"    Parameters: {', '.join(self.parameters) or 'none'}."
+                )
+
+
+class Overrides:
+    """Arguments of a call that are taken from the model's own call instead: a `fix`, which may change the result."""
+
+    def __init__(self, sources: Mapping[str, str], parameters: Sequence[str]) -> None:
+        self.sources = {name: source.removeprefix("model.") for name, source in sources.items()}
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        return f"<Overrides {self.sources}>"
+
+    def apply(self, frame: scope.Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Return the arguments with the overrides in them; those that the model was not given are left."""
+        args, kwargs = list(args), dict(kwargs)
+        for name, source in self.sources.items():
+            value = frame.argument(source)
+            if value is None:
+                continue  # nothing to override with
+            if name in self.parameters[: len(args)]:
+                args[self.parameters.index(name)] = value
+            else:
+                kwargs[name] = value
+        return tuple(args), kwargs
