@@ -116,9 +116,19 @@ def test_help_of_a_command_says_what_it_does_and_takes_without_torch(name):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_answered_at_the_shell_by_one_message_and_a_status(arguments, status, said):
-    found, out, err, _ = shell(*arguments)
+def test_a_mistake_is_answered_by_one_message_and_a_status(arguments, status, said, capsys):
+    try:
+        found, out, err = run(*arguments, capsys=capsys)
+    except SystemExit as exit:
+        found, (out, err) = exit.code, capsys.readouterr()
     assert (found, said in err) == (status, True), err
+    assert not out
+
+
+@pytest.mark.parametrize("arguments, status", [(("lisst",), 2), (("show", "diffusers/wam"), 1)])
+def test_a_mistake_at_the_shell_has_no_traceback(arguments, status):
+    found, out, err, _ = shell(*arguments)
+    assert found == status and arguments[-1] in err
     assert "Traceback" not in err and not out
 
 

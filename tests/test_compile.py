@@ -48,8 +48,12 @@ def in_another_thread(run):
 
 
 class TestAWholeCompiledModel:
-    @pytest.mark.parametrize("order", ["apply, compile", "compile, apply"])
-    def test_it_computes_the_same_from_as_many_graphs(self, each, order):
+    @pytest.mark.parametrize(
+        "name, order", [("diffusers/wan", "apply, compile"), ("diffusers/hunyuan_video", "compile, apply")]
+    )
+    def test_it_computes_the_same_from_as_many_graphs(self, tiny, name, order):
+        each = tiny(name)
+
         def patched(model, backend):
             if order == "apply, compile":
                 each.handle = dit_patch.apply(model)
@@ -74,17 +78,17 @@ class TestAWholeCompiledModel:
         assert wan.agree(wan.calls()) == {}
         assert graphs.frame_count == 2
 
-    def test_patching_after_it_ran_costs_one_compilation_at_most_and_so_does_taking_it_back(self, each):
-        calls, graphs = each.calls(steps=1), counter()
-        model, plain = whole(each.model, graphs), whole(each.plain, counter())
+    def test_patching_after_it_ran_costs_one_compilation_at_most_and_so_does_removal(self, wan):
+        calls, graphs = wan.calls(steps=1), counter()
+        model, plain = whole(wan.model, graphs), whole(wan.plain, counter())
         verify.run(model, calls)
         assert graphs.frame_count == 1
         with pytest.warns(UserWarning, match=WHOLE):
-            each.handle = dit_patch.apply(model)
-        each.agree(calls, model, plain)
+            wan.handle = dit_patch.apply(model)
+        wan.agree(calls, model, plain)
         assert graphs.frame_count <= 2
-        each.handle.remove()
-        each.agree(calls, model, plain)
+        wan.handle.remove()
+        wan.agree(calls, model, plain)
         assert graphs.frame_count <= 3
 
     def test_the_model_inside_it_still_hits_when_called_itself(self, each):
@@ -94,8 +98,9 @@ class TestAWholeCompiledModel:
         assert each.agree(calls)["rope.forward"] == len(calls) - 1
         assert verify.first_difference(verify.run(model, calls), verify.run(each.plain, calls)) is None
 
-    @pytest.mark.parametrize("collect_in", [lambda run: run(), in_another_thread], ids=["this thread", "another"])
-    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize(
+        "order, collect_in", [(1, lambda run: run()), (-1, in_another_thread)], ids=["this thread", "another thread"]
+    )
     def test_another_model_may_be_freed_while_it_compiles(self, tiny, order, collect_in):
         """Both have layers on one function of diffusers, and the compiler has gone through both."""
         compiled, freed = tiny("diffusers/wan"), tiny("diffusers/wan")
@@ -125,8 +130,12 @@ class TestAWholeCompiledModel:
 
 
 class TestCompiledBlocks:
-    @pytest.mark.parametrize("order", ["apply, compile", "compile, apply"])
-    def test_what_is_beside_them_hits_and_they_compile_as_often(self, each, order):
+    @pytest.mark.parametrize(
+        "name, order", [("diffusers/wan", "compile, apply"), ("diffusers/hunyuan_video", "apply, compile")]
+    )
+    def test_what_is_beside_them_hits_and_they_compile_as_often(self, tiny, name, order):
+        each = tiny(name)
+
         def blocks(model, backend):
             model.compile_repeated_blocks(fullgraph=True, backend=backend)
             return model
@@ -144,7 +153,7 @@ class TestCompiledBlocks:
         assert {"rope", "timestep", "context"} <= kinds
         assert our_graphs == their_graphs > 0
 
-    def test_patching_between_two_forwards_compiles_at_most_those_with_a_site_in_them_once_more(self, each):
+    def test_patching_between_two_forwards_compiles_only_blocks_with_a_site_once_more(self, each):
         graphs, calls = counter(), each.calls()
         each.model.compile_repeated_blocks(fullgraph=True, backend=graphs)
         verify.run(each.model, calls)

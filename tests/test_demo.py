@@ -93,6 +93,12 @@ def short_scenes(monkeypatch):
     monkeypatch.setattr(demo, "SCENES", small)
 
 
+@pytest.fixture
+def no_step_cache(monkeypatch):
+    """As where cache-dit is not installed: the demo leaves its last part out."""
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+
+
 # The pipelines are real.
 
 
@@ -174,7 +180,7 @@ def test_a_seed_names_the_weights():
 # What the demo says.
 
 
-def test_the_demo_is_identical_with_the_real_patches(tmp_path, capsys):
+def test_the_demo_is_identical_with_the_real_patches(no_step_cache, tmp_path, capsys):
     pytest.importorskip("diffusers", minversion="0.36", reason="diffusers/wan requires it")
 
     code = demo.run(tmp_path / "out", steps=2, size=SIZE)
@@ -185,7 +191,7 @@ def test_the_demo_is_identical_with_the_real_patches(tmp_path, capsys):
     assert printed.count("removed:   identical again") == 2
 
 
-def test_a_patch_that_changes_a_picture_is_told_with_the_place(short_scenes, tmp_path, capsys):
+def test_a_patch_that_changes_a_picture_is_told_with_the_place(short_scenes, no_step_cache, tmp_path, capsys):
     code = demo.run(tmp_path, steps=2, size=SIZE, apply=ChangesPictures)
 
     printed = capsys.readouterr().out
@@ -194,14 +200,15 @@ def test_a_patch_that_changes_a_picture_is_told_with_the_place(short_scenes, tmp
     assert printed.count("removed:   identical again") == 2
 
 
-def test_a_patch_that_cannot_be_taken_back_is_told(short_scenes, tmp_path, capsys):
+def test_a_patch_that_cannot_be_taken_back_is_told(short_scenes, no_step_cache, tmp_path, capsys):
     code = demo.run(tmp_path, steps=2, size=SIZE, apply=StaysBehind)
 
     assert code == 1
     assert capsys.readouterr().out.count("removed:   no, first in frame 0 of 5; largest difference ") == 2
 
 
-def test_the_report_comes_first_and_the_files_last(short_scenes, tmp_path, capsys):
+def test_the_report_comes_first_and_the_files_last(short_scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "STEP_CACHE_STEPS", 4)
     demo.run(tmp_path, steps=1, size=SIZE, apply=DoesNothing)
 
     lines = capsys.readouterr().out.splitlines()

@@ -645,8 +645,11 @@ def test_a_size_that_changes_between_generations(name, patch):
     assert {row.at: row.misses for row in handle.stats() if row.at in tables} == tables
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first out first", "last out first"])
-@pytest.mark.parametrize("pair", [("wan", "matrixgame2, short"), ("causal_wan", "causal_wan")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "pair, order",
+    [(("wan", "matrixgame2, short"), (0, 1)), (("causal_wan", "causal_wan"), (1, 0))],
+    ids=["first out first", "last out first"],
+)
 def test_two_pipelines_side_by_side(pair, order, patch):
     tinies, others = ([make(name, seed) for seed, name in enumerate(pair)] for _ in range(2))
     wanted = {(at, seed): pipelines.run(others[at], seed) for at in (0, 1) for seed in (0, 1)}
@@ -686,8 +689,17 @@ def test_a_generation_inside_anothers_forward(outer, inner, patch):
     assert not any(map(bypassed, handles)) and all(map(hits, handles)) and current() is None
 
 
-@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", ["wan", "causal_wan", "matrixgame2, short", "hunyuan", "hunyuan15", "matrixgame3"])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("wan", RuntimeError),
+        ("causal_wan", KeyboardInterrupt),
+        ("matrixgame2, short", RuntimeError),
+        ("hunyuan", KeyboardInterrupt),
+        ("hunyuan15", RuntimeError),
+        ("matrixgame3", KeyboardInterrupt),
+    ],
+)
 def test_a_generation_that_was_stopped_leaves_later_ones_exact(name, reason, patch):
     tiny = make(name)
     handle = patch(tiny.pipeline)

@@ -1,5 +1,7 @@
 """`dit-patch new`: the beginning of a spec for real classes, which `dit-patch check` then finds nothing wrong with."""
 
+from functools import cache
+
 import pytest
 import torch
 import yaml
@@ -15,6 +17,11 @@ from dit_patch.spec.registry import Registry
 pytest.importorskip("diffusers")
 PLACE = "diffusers.models.transformers.transformer_{}"
 WAN = PLACE.format("wan.WanTransformer3DModel")
+
+
+@cache
+def drafted(name):
+    return draft(PLACE.format(name))
 
 
 def new(*arguments, capsys):
@@ -67,7 +74,7 @@ def test_the_beginning_for_wan_has_its_sites_blocks_and_mini_and_passes_check(tm
     ids=lambda value: value.partition(".")[0] if isinstance(value, str) else "",
 )
 def test_what_repeats_in_other_models_is_proposed_and_equal(name, sites, blocks, tmp_path, capsys):
-    begun = draft(PLACE.format(name))
+    begun = drafted(name)
     assert begun.problem is None
     spec = loads(text(begun), file="mine.yaml", name="mine")
     proposed = {site.at: site.kind for site in spec.sites}
@@ -80,13 +87,13 @@ def test_what_repeats_in_other_models_is_proposed_and_equal(name, sites, blocks,
 
 
 def test_keys_go_by_what_results_change_with_and_not_by_what_happens_to_change_beside_it():
-    flux = {each.at: each for each in draft(PLACE.format("flux.FluxTransformer2DModel")).sites}
+    flux = {each.at: each for each in drafted("flux.FluxTransformer2DModel").sites}
     sizes = ["shape", "dtype", "device"]
     # Prompts, too, are new in each generation.
     identity = {"model.img_ids": ["identity"], "model.txt_ids": ["identity"]}
     assert flux["pos_embed.forward"].key == {"ids": sizes} | identity
     refiner = "context_embedder.time_text_embed.text_embedder.forward"
-    hunyuan = {each.at: each for each in draft(PLACE.format("hunyuan_video.HunyuanVideoTransformer3DModel")).sites}
+    hunyuan = {each.at: each for each in drafted("hunyuan_video.HunyuanVideoTransformer3DModel").sites}
     prompt = {"model.encoder_hidden_states": ["identity"], "model.encoder_attention_mask": ["identity"]}
     assert hunyuan[refiner].key == {"caption": sizes} | prompt and not hunyuan[refiner].reads
 

@@ -133,9 +133,18 @@ def assert_nothing_is_left(model, plain) -> None:
 ORDERS = ["apply on remove off", "apply on off remove", "on apply remove off", "on apply off remove"]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_results_are_those_of_the_technique_alone_and_nothing_stays(each, technique, order, tmp_path):
+MODELS = ["diffusers/wan", "diffusers/hunyuan_video"]
+# Each technique in each order, on the two models by turns.
+IN_TURNS = [
+    (technique, order, MODELS[(one + other) % 2])
+    for one, technique in enumerate(TECHNIQUES)
+    for other, order in enumerate(ORDERS)
+]
+
+
+@pytest.mark.parametrize("technique, order, name", IN_TURNS)
+def test_results_are_those_of_the_technique_alone_and_nothing_stays(tiny, technique, order, name, tmp_path):
+    each = tiny(name)
     technique, calls, on, patched = technique(tmp_path), each.calls(), False, False
     sinusoid = next(site.at for site in each.spec.sites if site.use)
     tables = len(list(each.model.rope.buffers())) > 0

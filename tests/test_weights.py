@@ -203,7 +203,7 @@ class TestThePrompt:
 
     def test_freed_and_another_one_made_in_the_same_memory(self, each):
         each.apply()
-        for generation in range(6):
+        for generation in range(4):
             each.agree(each.calls(steps=1, generation=generation))
             gc.collect()
         assert each.hits()["rope.forward"]
