@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pytest
 import torch
+import toys
 from packaging.requirements import Requirement
 
 from dit_patch.contribute import verify
@@ -131,3 +132,20 @@ def hunyuan(tiny) -> Tiny:
 def each(request, tiny) -> Tiny:
     """First one, then the other."""
     return tiny(request.param)
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """`patched(sites)`: a toy model, its unpatched twin, and the handle of a spec with these sites."""
+    handles = []
+
+    def make(sites, cls=toys.Toy, prepare=None, **options):
+        model, plain = toys.build(cls), toys.build(cls)
+        if prepare is not None:
+            prepare(model)
+        handles.append(toys.patch(model, tmp_path / str(len(handles)), sites, **options))
+        return model, plain, handles[-1]
+
+    yield make
+    for handle in handles:
+        handle.remove()

@@ -1,8 +1,12 @@
 """What is handed out for a result that nobody reads takes no memory, and shows if somebody reads it after all."""
 
+import contextlib
+
 import pytest
 import torch
+import toys
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from toys import agree, counts
 
 from dit_patch.sites.stand_in import stand_in
 
@@ -34,3 +38,42 @@ def test_a_block_mask_s_fits_no_sequence():
     flex_attention(query, query, query, block_mask=mask)
     with pytest.raises(ValueError, match="block_mask"):
         flex_attention(query, query, query, block_mask=made)
+
+
+# In a model.
+
+MASK = torch.tensor([1.0, 0.0, 1.0])
+
+
+def test_a_stand_in_is_nan_in_the_shape_of_the_result_and_takes_no_memory(patched):
+    model, plain, handle = patched("- {at: table.forward, kind: rope, unused: true}")
+    with torch.no_grad():
+        for _ in range(3):
+            result = model(**toys.inputs())
+            assert result.isnan().all()
+    plain(**toys.inputs())
+    assert model.seen.shape == plain.seen.shape and model.seen.dtype == plain.seen.dtype
+    assert model.seen.untyped_storage().nbytes() == 4
+    assert model.table._made == 1
+    assert counts(handle, "table.forward") == (2, 1, {})
+
+
+def test_after_clearing_a_stand_in_is_made_anew(patched):
+    model, _, handle = patched("- {at: table.forward, kind: rope, unused: true}")
+    model(**toys.inputs())
+    handle.clear()
+    model(**toys.inputs())
+    assert model.table._made == 2
+
+
+def test_a_result_is_unused_only_with_what_makes_it_so(patched):
+    site = "- {at: table.forward, kind: rope, key: {x: [shape]}, unused_with: [model.mask, model.window]}"
+    model, plain, handle = patched(site)
+    agree(model, plain, toys.inputs() | {"window": 1})
+    for mask in ([MASK, None], [None]):
+        with torch.no_grad(), contextlib.suppress(AttributeError):  # the toy wants a tensor
+            model(**toys.inputs() | {"mask": mask, "window": 1})
+        assert not model.seen.isnan().any()
+    with torch.no_grad():
+        model(**toys.inputs() | {"mask": MASK, "window": 1})
+    assert model.seen.isnan().all()

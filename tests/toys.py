@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import dit_patch
+from dit_patch.memo.keys import same_bits
 
 
 def shift(x, by=1.0):
@@ -235,6 +236,24 @@ def same_snapshot(before, after) -> bool:
     return [name for name, _ in before] == [name for name, _ in after] and all(
         same(one, other) for (_, one), (_, other) in zip(before, after)
     )
+
+
+TABLE = "- {at: table.forward, kind: rope, key: {x: [shape]}}"
+TIME = "- {at: time.forward, kind: timestep, key: {t: [identity]}}"
+EMBED = "- {at: embed.forward, kind: context, key: {text: [identity]}}"
+SPAN = "- {at: embed..blocks.0, kind: mask, key: {model.mask: [identity]}}"
+
+
+def agree(model, plain, *calls):
+    """Both give the same bits for each call; calls are made without autograd."""
+    with torch.no_grad():
+        for call in calls:
+            assert same_bits(model(**call), plain(**call))
+
+
+def counts(handle, at):
+    found = row(handle, at)
+    return found.hits, found.misses, dict(found.bypassed)
 
 
 # Replacements for `use:`, in wrapt's four arguments.
