@@ -15,7 +15,8 @@ import dit_patch
 from dit_patch.contribute import verify
 from dit_patch.errors import DitPatchError, SiteError, UnsupportedModelError, VersionError
 from dit_patch.memo.keys import same_bits
-from dit_patch.sites import layers, resolve
+from dit_patch.sites import layers
+from dit_patch.sites.pipeline_models import find_models
 from dit_patch.sites.scope import scope_of
 from dit_patch.spec import mini
 from dit_patch.spec.registry import KINDS, Registry
@@ -610,7 +611,7 @@ def generate(pipe):
 def test_a_diffusers_pipeline_gives_the_same_latents_with_its_sites_hit(seeds):
     pipe = wan_pipeline(*seeds)
     expected = generate(pipe)
-    before = [toys.snapshot(model) for model in resolve.models(pipe).values()]
+    before = [toys.snapshot(model) for model in find_models(pipe).values()]
     with dit_patch.apply(pipe) as handle:
         assert same_bits(generate(pipe), expected)
         assert same_bits(generate(pipe), expected)
@@ -620,7 +621,7 @@ def test_a_diffusers_pipeline_gives_the_same_latents_with_its_sites_hit(seeds):
             assert rows["rope.forward"].hits > 0 and rows["condition_embedder.text_embedder.forward"].hits > 0
             assert rows["condition_embedder.time_embedder.forward"].hits > 0
             assert not any(row.bypassed for row in rows.values())
-    after = [toys.snapshot(model) for model in resolve.models(pipe).values()]
+    after = [toys.snapshot(model) for model in find_models(pipe).values()]
     assert all(map(toys.same_snapshot, before, after))
     assert same_bits(generate(pipe), expected)
 

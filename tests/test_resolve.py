@@ -9,7 +9,8 @@ import torch
 import toys
 
 from dit_patch.errors import SiteError, UnsupportedModelError
-from dit_patch.sites import resolve
+from dit_patch.sites import resolve, scope
+from dit_patch.sites.pipeline_models import find_models, find_stages, is_compiled_in, unwrap
 from dit_patch.upstream.torch_internals import is_compiled
 
 
@@ -22,42 +23,40 @@ def pipeline(**components):
 
 def test_a_model_alone_is_called_model():
     model = toys.build()
-    assert resolve.models(model) == {"model": model}
+    assert find_models(model) == {"model": model}
 
 
 def test_the_modules_of_a_pipeline_come_by_name_in_order_and_nothing_else():
     one, other = toys.build(), torch.nn.Linear(1, 1)
-    found = resolve.models(pipeline(scheduler=object(), transformer=one, vae=None, text_encoder=other))
+    found = find_models(pipeline(scheduler=object(), transformer=one, vae=None, text_encoder=other))
     assert list(found.items()) == [("transformer", one), ("text_encoder", other)]
 
 
 def test_a_pipeline_may_keep_its_parts_in_modules_as_fastvideo_does():
     model = toys.build()
-    assert resolve.models(types.SimpleNamespace(modules={"transformer": model, "scheduler": 1})) == {
-        "transformer": model
-    }
+    assert find_models(types.SimpleNamespace(modules={"transformer": model, "scheduler": 1})) == {"transformer": model}
 
 
 def test_a_module_with_children_is_not_taken_for_a_pipeline():
     # torch modules have `modules`, too.
     model = torch.nn.Sequential(toys.build())
-    assert resolve.models(model) == {"model": model}
+    assert find_models(model) == {"model": model}
 
 
 def test_a_model_under_two_names_is_found_once():
     model = toys.build()
-    assert resolve.models(pipeline(transformer=model, transformer_2=model)) == {"transformer": model}
+    assert find_models(pipeline(transformer=model, transformer_2=model)) == {"transformer": model}
 
 
 def test_a_model_and_its_compiled_wrapper_are_one():
     model = toys.build()
-    assert resolve.models(pipeline(transformer=torch.compile(model), transformer_2=model)) == {"transformer": model}
+    assert find_models(pipeline(transformer=torch.compile(model), transformer_2=model)) == {"transformer": model}
 
 
 @pytest.mark.parametrize("target", [None, 3, "wan", object(), toys.Toy, {"transformer": 1}])
 def test_what_is_neither_is_named(target):
     with pytest.raises(UnsupportedModelError, match=r"expected a pipeline or a torch.nn.Module, got .*") as caught:
-        resolve.models(target)
+        find_models(target)
     assert str(caught.value).endswith(f"({type(target).__qualname__})")
 
 
@@ -66,23 +65,23 @@ def test_what_is_neither_is_named(target):
 
 def test_compiled_and_parallel_wrappers_are_seen_through_however_deep():
     model = toys.build()
-    assert resolve.unwrap(model) is model
-    assert resolve.unwrap(torch.compile(model)) is model
-    assert resolve.unwrap(torch.nn.DataParallel(model)) is model
-    assert resolve.unwrap(torch.compile(torch.nn.DataParallel(model))) is model
+    assert unwrap(model) is model
+    assert unwrap(torch.compile(model)) is model
+    assert unwrap(torch.nn.DataParallel(model)) is model
+    assert unwrap(torch.compile(torch.nn.DataParallel(model))) is model
 
 
 @pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
 def test_distributed_wrappers_are_known_by_name(name):
     wrapper = type(name, (torch.nn.Module,), {})()
     wrapper.module = model = toys.build()
-    assert resolve.unwrap(wrapper) is model
+    assert unwrap(wrapper) is model
 
 
 def test_a_module_that_merely_has_a_child_called_module_is_no_wrapper():
     wrapper = torch.nn.Module()
     wrapper.module = toys.build()
-    assert resolve.unwrap(wrapper) is wrapper
+    assert unwrap(wrapper) is wrapper
 
 
 def test_what_runs_compiled_is_told():
@@ -140,7 +139,7 @@ def test_an_address_in_the_pipeline_is_a_method_of_the_stages_that_run_the_model
     model, other = toys.build(), toys.build()
     runs, runs_compiled = Stage(transformer=model), Stage(transformer_2=torch.compile(model), transformer=model)
     pipe = types.SimpleNamespace(stages=[Stage(), runs, Stage(transformer=other), runs_compiled, runs, 3])
-    assert resolve.stages(pipe, model) == [runs, runs_compiled]
+    assert find_stages(pipe, model) == [runs, runs_compiled]
     found = resolve.targets(model, "pipeline:_initialize_kv_cache", "here", pipe)
     assert found == [(runs, "_initialize_kv_cache"), (runs_compiled, "_initialize_kv_cache")]
     with pytest.raises(SiteError, match="has a method `nothing`; the stages that do: Stage, Stage"):
@@ -164,15 +163,15 @@ def test_a_forward_of_its_own_is_told_from_an_inherited_one():
         def forward(self, x):
             return x
 
-    own = {cls: resolve.own_forward(toys.build(cls), ("toys.Toy",)) for cls in (toys.Toy, toys.Child, Decorated, Own)}
+    own = {cls: scope.has_own_forward(toys.build(cls), ("toys.Toy",)) for cls in (toys.Toy, toys.Child, Decorated, Own)}
     assert own == {toys.Toy: False, toys.Child: False, Decorated: False, Own: True}
 
 
 def test_a_part_of_a_pipeline_that_runs_compiled_is_told():
     model, whole = toys.build(), toys.build()
-    assert resolve.compiled_in(pipeline(transformer=torch.compile(model)), model)
-    assert not resolve.compiled_in(pipeline(transformer=model, other=torch.compile(whole)), model)
-    assert resolve.compiled_in(torch.compile(model), model)
+    assert is_compiled_in(pipeline(transformer=torch.compile(model)), model)
+    assert not is_compiled_in(pipeline(transformer=model, other=torch.compile(whole)), model)
+    assert is_compiled_in(torch.compile(model), model)
 
 
 def test_a_block_whose_forward_was_replaced_by_compiled_code_is_told():
@@ -227,5 +226,5 @@ def test_nothing_is_changed():
     before = toys.snapshot(model)
     resolve.targets(model, "blocks.*.forward", "here")
     resolve.targets(model, "forward:shift", "here")
-    resolve.models(compiled)
+    find_models(compiled)
     assert toys.same_snapshot(before, toys.snapshot(model))

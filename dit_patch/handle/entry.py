@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any
 
 from ..report.reported import ReportedHandle
-from ..sites import resolve
+from ..sites.pipeline_models import find_models
 from ..spec.registry import Registry
 from ..step_cache import StepCache
 from .options import Options
@@ -71,7 +71,7 @@ def apply(
     directories = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
     registry = Registry(directories, trust=trust)
     options = Options.from_user(registry, directories=directories, **asked)
-    chosen = with_specs(resolve.models(target), registry, options.specs)
+    chosen = with_specs(find_models(target), registry, options.specs)
     existing = existing_handle([model for model, _ in chosen.values()], options)
     if existing is not None:
         existing.repair(target)

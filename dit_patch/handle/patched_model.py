@@ -9,10 +9,11 @@ import torch
 
 from ..findings import Finding, FindingKind, warn
 from ..report.rows import SiteStats, site_stats
-from ..sites import layers, resolve, scope
+from ..sites import layers, scope
 from ..sites.bind import bind
 from ..sites.binding import Binding
 from ..sites.patch import Patch
+from ..sites.pipeline_models import find_stages
 from ..sites.scope import Frame, Scope
 from ..spec.model import Site, Spec
 from ..step_cache.live import Stepping
@@ -58,7 +59,7 @@ class PatchedModel:
         """
         for site in filter(self.handle.options.wants, self.spec.sites):
             self._bind(site, target)
-        if resolve.own_forward(self.model, self.spec.classes):
+        if scope.has_own_forward(self.model, self.spec.classes):
             self._warn_of_own_forward()
         for patch in self.patches:
             patch.install()
@@ -73,7 +74,7 @@ class PatchedModel:
     def repair(self, target: Any = None) -> None:
         """Put back what another library has displaced, and add what only `target`, the pipeline, has."""
         for site in filter(self.handle.options.wants, self.spec.sites):
-            if site.at.startswith("pipeline:") and site.at not in self.sites and resolve.stages(target, self.model):
+            if site.at.startswith("pipeline:") and site.at not in self.sites and find_stages(target, self.model):
                 self._bind(site, target)
         for patch in self.patches:
             patch.install()

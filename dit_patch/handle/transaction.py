@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from ..errors import DitPatchError, UnsupportedModelError, VersionError, quote
 from ..findings import Finding, FindingKind, warn
-from ..sites import resolve
+from ..sites.pipeline_models import is_compiled_in, unwrap
 from ..sites.scope import forget_copies
 from ..spec.model import Spec
 from ..spec.registry import Registry
@@ -44,7 +44,7 @@ def patch(target: Any, chosen: Chosen, options: Options) -> Handle:
         what = f"site of kind {' or '.join(options.only)}" if options.only else "site"
         raise DitPatchError(f"nothing to patch: no {what} of {names} is in {', '.join(chosen)}")
     for name, (model, _) in chosen.items():
-        if resolve.compiled_in(target, model):
+        if is_compiled_in(target, model):
             warn(Finding(FindingKind.COMPILED_WHOLE, detail=f"{name} ({type(model).__name__})"), stacklevel=3)
     return handle
 
@@ -129,7 +129,7 @@ def _known(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, 
             known[path] = module, spec
             return
         for name, child in module.named_children():
-            look(f"{path}.{name}", resolve.unwrap(child))
+            look(f"{path}.{name}", unwrap(child))
 
     for name, model in models.items():
         look(name, model)

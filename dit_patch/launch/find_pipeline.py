@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from ..sites import resolve
+from ..sites.pipeline_models import find_models
 
 _KEPT = sys.version_info < (3, 13)  # there Python keeps what it tells of a frame's variables, and their values with it
 _READS_THEM = frozenset({"locals", "vars", "eval", "exec", "dir"})
 
 
 def pipeline_of(model: torch.nn.Module) -> Any | None:
-    """The innermost pipeline, as `resolve.models` knows it, with a method on the stack and `model` in its parts."""
+    """The innermost pipeline, as `find_models` knows it, with a method on the stack and `model` in its parts."""
     seen: list[Any] = []
     for owner in _owners(sys._getframe(1)):
         if any(owner is each for each in seen) or isinstance(owner, torch.nn.Module):
             continue
         seen.append(owner)
         try:
-            parts = resolve.models(owner)
+            parts = find_models(owner)
         except Exception:  # no pipeline; or one that cannot say what is in it
             continue
         if any(module is model for part in parts.values() for module in part.modules()):

@@ -23,7 +23,8 @@ import wrapt
 from ..errors import UnsupportedModelError
 from ..handle import apply, handle_of
 from ..report.journal import NEVER_CALLED, PATCHED, journal
-from ..sites import layers, resolve
+from ..sites import layers
+from ..sites.pipeline_models import find_models
 from ..sites.scope import Hook, forget_copies, scope_of
 from ..upstream.torch_internals import forward_pre_hooks, is_capturing, tracing_state
 from .find_pipeline import pipeline_of
@@ -180,7 +181,7 @@ def _target(model: torch.nn.Module) -> Any:
     pipeline = pipeline_of(model)
     if pipeline is None:
         return model
-    parts = resolve.models(pipeline).values()
+    parts = find_models(pipeline).values()
     return model if any(scope_of(each) is not None for part in parts for each in part.modules()) else pipeline
 
 

@@ -29,7 +29,8 @@ from ..handle.entry import register
 from ..report.reported import ReportedHandle
 from ..report.rows import Rows, SiteStats
 from ..report.text import report_text
-from ..sites import layers, resolve
+from ..sites import layers
+from ..sites.pipeline_models import find_models
 from ..step_cache.stats import StepStats
 from ..upstream import fastvideo_internals
 
@@ -251,7 +252,7 @@ def _call(worker: Any, tokens: dict[int, str], *methods: str) -> Rows | None:
 
 
 def _existing(pipeline: Any) -> Handle | None:
-    return next(filter(None, map(handle_of, resolve.models(pipeline).values())), None)
+    return next(filter(None, map(handle_of, find_models(pipeline).values())), None)
 
 
 def _executor(target: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import StepCacheError
 from ..handle import with_specs
-from ..sites import resolve
+from ..sites.pipeline_models import find_models
 from ..spec.model import Spec
 from ..spec.registry import Registry
 from . import call_arguments, pictures
@@ -49,7 +49,7 @@ def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sam
 
 def transformers(pipeline: Any) -> dict[str, tuple[torch.nn.Module, Spec]]:
     """The models of a pipeline that there are specs for, each with its spec."""
-    return with_specs(resolve.models(pipeline), Registry())
+    return with_specs(find_models(pipeline), Registry())
 
 
 def device_of(pipeline: Any) -> torch.device:

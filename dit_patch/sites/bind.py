@@ -16,7 +16,7 @@ from ..findings import Finding, FindingKind, warn
 from ..spec.fingerprint import fingerprint
 from ..spec.model import Site, Spec
 from ..upstream import torch_internals
-from . import resolve
+from . import resolve, scope
 from .binding import Attribute, Binding
 from .memoised import MemoisedSite
 from .patch import Patch
@@ -36,7 +36,7 @@ def bind(spec: Spec, site: Site, binding: Binding, pipeline: Any) -> tuple[list[
         SiteError: the spec names something that is not there.
     """
     label, model = spec.label(site), binding.model
-    has_own_forward = resolve.own_forward(model, spec.classes)
+    has_own_forward = scope.has_own_forward(model, spec.classes)
     if has_own_forward and _counts_on_the_forward(site):
         return [], Finding(FindingKind.NEEDS_FORWARD, site.at, type(model).__name__)
     try:

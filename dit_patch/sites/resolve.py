@@ -1,79 +1,23 @@
-"""From what a user holds to what is patched: the models inside a pipeline, and the attribute behind a site's address.
+"""What is behind a site's address in one model: submodules, attributes, functions; nothing is changed.
 
-Knows nothing about specs beyond the text of an address, and changes nothing.
+Knows nothing about specs beyond the text of an address.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from types import FunctionType
 from typing import Any
 
 import torch
 
-from ..errors import SiteError, UnsupportedModelError, quote, suggest
-from ..upstream.torch_internals import children, compiled_from, is_compiled
+from ..errors import SiteError, suggest
+from ..upstream.torch_internals import children, is_compiled
 from .inner_functions import Locals
-
-
-def models(target: Any) -> dict[str, torch.nn.Module]:
-    """The modules of a pipeline by name (diffusers' `components`, FastVideo's `modules`), or the one module given.
-
-    Wrappers are seen through, see `unwrap`. A module that stands under two names is listed under the first.
-
-    Raises:
-        UnsupportedModelError: if `target` is neither.
-    """
-    found: dict[str, torch.nn.Module] = {}
-    for name, part in _parts(target).items():
-        if isinstance(part, torch.nn.Module) and not any(unwrap(part) is other for other in found.values()):
-            found[name] = unwrap(part)
-    return found
-
-
-def _parts(target: Any) -> Mapping[str, Any]:
-    if isinstance(target, torch.nn.Module):
-        return {"model": target}
-    for name in ("components", "modules"):
-        parts = getattr(target, name, None)
-        if isinstance(parts, Mapping):
-            return parts
-    raise UnsupportedModelError(
-        f"expected a pipeline or a torch.nn.Module, got {quote(repr(target))} ({type(target).__qualname__})"
-    )
-
-
-def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside torch.compile's, DistributedDataParallel's or FSDP1's wrapper; others wrap in place."""
-    while True:
-        inner = compiled_from(module)
-        if inner is None and type(module).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = module.module
-        if inner is None and type(module).__name__ == "FullyShardedDataParallel":
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner
-
-
-def stages(target: Any, model: torch.nn.Module) -> list[Any]:
-    """The stages of a FastVideo pipeline that run `model`; none where `target` is something else."""
-    found = getattr(target, "stages", None)
-    if not isinstance(found, (list, tuple)):
-        return []
-    parts = ((stage, part) for stage in found for part in getattr(stage, "__dict__", {}).values())
-    running = [stage for stage, part in parts if isinstance(part, torch.nn.Module) and unwrap(part) is model]
-    return list({id(stage): stage for stage in running}.values())
-
-
-def compiled_in(target: Any, model: torch.nn.Module) -> bool:
-    """Whether `target`, a pipeline or a module, calls `model` as compiled code."""
-    parts = [part for part in _parts(target).values() if isinstance(part, torch.nn.Module)]
-    around = [part for part in parts if any(each is model for each in part.modules())]
-    return any(map(is_compiled, (model, *around)))
+from .pipeline_models import find_stages, unwrap
 
 
 def compiled_along(model: torch.nn.Module, path: str) -> bool:
@@ -162,16 +106,8 @@ def function(address: str, where: str) -> Callable:
     return found
 
 
-def own_forward(model: torch.nn.Module, classes: tuple[str, ...]) -> bool:
-    """Whether the model's class has a forward of its own, other than that of the class that the spec is for."""
-    for base in type(model).__mro__:
-        if f"{base.__module__}.{base.__qualname__}" in classes:
-            return inspect.unwrap(type(model).forward) is not inspect.unwrap(base.forward)
-    return False
-
-
 def _of_stages(pipeline: Any, model: torch.nn.Module, name: str, where: str) -> list[tuple[Any, str]]:
-    running = stages(pipeline, model)
+    running = find_stages(pipeline, model)
     found = [(stage, name) for stage in running if callable(getattr(stage, name, None))]
     if not found:
         what = ", ".join(type(stage).__name__ for stage in running) or "none"

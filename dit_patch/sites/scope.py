@@ -196,3 +196,11 @@ def takes_any(model: torch.nn.Module) -> bool:
 def forget_copies(model: torch.nn.Module) -> None:
     """Drop what `Hook` has become in a copied or unpickled model."""
     drop_forward_hooks(model, lambda hook: getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__)
+
+
+def has_own_forward(model: torch.nn.Module, classes: tuple[str, ...]) -> bool:
+    """Return whether the model's class has another forward than the first of `classes` that it inherits from."""
+    for base in type(model).__mro__:
+        if f"{base.__module__}.{base.__qualname__}" in classes:
+            return inspect.unwrap(type(model).forward) is not inspect.unwrap(base.forward)
+    return False

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..sites import layers, resolve
+from ..sites import layers
+from ..sites.pipeline_models import find_stages, unwrap
 from ..sites.scope import Frame
 from ..upstream.diffusers_internals import RESET_STATE
 from ..upstream.torch_internals import tensor_version
@@ -39,7 +40,7 @@ class Loops:
         self.model, self._begins, self._ends = model, begins, ends
         self._layers: list[layers.Wrapped] = []
         self._boundary: float | None = None
-        stages = resolve.stages(target, model)
+        stages = find_stages(target, model)
         self._owners = stages or [target] * (target is not model)
         for owner in self._owners:
             self._listen(owner, "progress_bar", self._loop_of(owner))
@@ -102,7 +103,7 @@ class Loops:
         if boundary is None or timesteps is None or not isinstance(other, torch.nn.Module):
             order = getattr(getattr(owner, "scheduler", None), "order", 1)
             return len(timesteps) if order > 1 and timesteps is not None else total
-        late = resolve.unwrap(other) is self.model
+        late = unwrap(other) is self.model
         return sum((time < boundary) == late for time in timesteps.tolist())
 
 

@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 
 from ..errors import StepCacheError
-from ..sites import resolve
+from ..sites.pipeline_models import is_compiled_in
 from ..spec.model import Spec
 from ..upstream import diffusers_internals, fastvideo_internals
 
@@ -73,7 +73,7 @@ def check_model(model: torch.nn.Module, target: Any, blocks: list[torch.nn.Modul
 
 
 def _problems(model: torch.nn.Module, target: Any, blocks: list[torch.nn.ModuleList]) -> Iterator[tuple[str, str]]:
-    if resolve.compiled_in(target, model):
+    if is_compiled_in(target, model):
         yield (
             "it is compiled as a whole, and compiled code always runs all blocks",
             "Compile its blocks instead: model.compile_repeated_blocks().",

@@ -18,6 +18,7 @@ from ..findings import Finding, FindingKind, warn
 from ..memo.lookup import same
 from ..memo.store import tensors_in
 from ..sites import layers, resolve, scope
+from ..sites.pipeline_models import is_compiled_in
 from ..sites.scope import Frame
 from ..spec.model import Spec
 from ..upstream.torch_internals import children, is_capturing
@@ -93,7 +94,7 @@ class Stepping:
         self.ends()
         if steps is not None:
             self._expected = steps
-        if resolve.compiled_in(self.target, self.model):
+        if is_compiled_in(self.target, self.model):
             self._warn(
                 "it was compiled as a whole after apply(), and compiled code always runs all blocks: nothing will be "
                 "cached. Compile its blocks instead: model.compile_repeated_blocks()"
