@@ -2,6 +2,8 @@
 
 import shutil
 import types
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -198,6 +200,63 @@ class TestMatrixGame:
             getattr(matrixgame, name)(None, None, args, kwargs)
 
 
+ROWS, WIDTH = TOKENS - 6, 48  # of the tables: fewer tokens than x has, and fewer elements of a head
+
+
+def as_it_is(table):
+    return table
+
+
+def of_each_batch(table):
+    return torch.stack([table, table.flip(0)])
+
+
+def of_each_head(table):
+    return table[None, :, None] * torch.tensor([1.0, 0.5, 2.0, 3.0])[:, None]
+
+
+class RotaryCase(NamedTuple):
+    dtype: torch.dtype | None = torch.float32  # None: that of x
+    of_each: str = "element"  # of a head; or of each pair of them
+    shaped: Callable[[torch.Tensor], torch.Tensor] = as_it_is
+    arithmetic: str = "separate"
+
+    def tables(self, pairs, dtype):
+        repeat = {"interleaved": "interleave", "half": "cat"}[pairs] if self.of_each == "element" else None
+        return [self.shaped(table) for table in tables(WIDTH, self.dtype or dtype, tokens=ROWS, repeat=repeat)]
+
+
+ROTARY_CASES = {
+    "full": RotaryCase(),
+    "half": RotaryCase(of_each="pair"),
+    "batch": RotaryCase(shaped=of_each_batch),
+    "heads": RotaryCase(shaped=of_each_head),
+    "float64": RotaryCase(dtype=torch.float64),
+    "complex": RotaryCase(of_each="pair", arithmetic="complex"),
+    "rounded": RotaryCase(dtype=None, arithmetic="rounded"),
+}
+
+
+def every_case(test):
+    for names, values, ids in (
+        ("case", ROTARY_CASES.values(), ROTARY_CASES),
+        ("pairs", ["interleaved", "half"], None),
+        ("dtype", DTYPES, str),
+    ):
+        test = pytest.mark.parametrize(names, values, ids=ids)(test)
+    return test
+
+
+def rotated(x, cos, sin, pairs, arithmetic):
+    """What torch's own operations give: `x` with the tables' tokens and elements turned."""
+    out = x.clone()
+    turned = out[:, :ROWS, :, :WIDTH]
+    heads_at = {2: 1, 3: 2, 4: None}[cos.dim()]  # tables of (S, W), (B, S, W), (1, S, H, W)
+    cos, sin = (each if heads_at is None else each.unsqueeze(heads_at) for each in (cos, sin))
+    eager.rotate(turned.clone(), turned, cos, sin, interleaved=pairs == "interleaved", arithmetic=arithmetic)
+    return out
+
+
 class TestTheOperation:
     @pytest.mark.parametrize("width", [32, 128])
     def test_half_pairs_with_rounded_products_are_qwen_s(self, width):
@@ -208,42 +267,20 @@ class TestTheOperation:
         rotary_qk_(q, k, cos, sin, pairs="half", arithmetic="rounded")
         assert same_bits(q, expected[0]) and same_bits(k, expected[1])
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("pairs", ["interleaved", "half"])
-    @pytest.mark.parametrize("kind", ["full", "half", "batch", "heads", "float64", "complex", "rounded"])
-    def test_tails_are_copied_and_in_place_is_the_same(self, kind, pairs, dtype):
-        """Fewer tokens in the table than in x, fewer elements of a head, fewer heads of keys."""
-        rows, width, options = TOKENS - 6, 48, {"pairs": pairs}
-        x = heads(64, dtype, number=4)
-        repeat = None if kind in ("half", "complex") else "cat" if pairs == "half" else "interleave"
-        table = dtype if kind == "rounded" else torch.float64 if kind == "float64" else torch.float32
-        cos, sin = tables(width, table, tokens=rows, repeat=repeat)
-        if kind == "batch":
-            cos, sin = (torch.stack([each, each.flip(0)]) for each in (cos, sin))
-        if kind == "heads":
-            cos, sin = (each[None, :, None] * torch.tensor([1.0, 0.5, 2.0, 3.0])[:, None] for each in (cos, sin))
-        if kind in ("complex", "rounded"):
-            options["arithmetic"] = kind
-        expected = x.clone()
-        [wide] = [each if each.dim() == 4 else each[:, :, None] if each.dim() == 3 else each[:, None] for each in [cos]]
-        turned = expected[:, :rows, :, :width]
-        eager.rotate(
-            turned.clone(),
-            turned,
-            cos.view_as(wide),
-            sin.view_as(wide),
-            interleaved=pairs == "interleaved",
-            arithmetic=options.get("arithmetic", "separate"),
-        )
-        out = rotary(x, cos, sin, rotary_dim=width, **options)
-        assert same_bits(out, expected) and out.data_ptr() != x.data_ptr()
-        if kind != "heads":
-            key, few = x[:, :, :2].clone(), expected[:, :, :2]
-            rotary_qk_(x, key, cos, sin, rotary_dim=width, **options)
-            assert same_bits(key, few)
-        else:
-            rotary_qk_(x, None, cos, sin, rotary_dim=width, **options)
-        assert same_bits(x, expected)
+    @every_case
+    def test_tokens_and_elements_that_the_tables_do_not_have_are_copied(self, case, pairs, dtype):
+        x, (cos, sin) = heads(64, dtype, number=4), case.tables(pairs, dtype)
+        out = rotary(x, cos, sin, rotary_dim=WIDTH, pairs=pairs, arithmetic=case.arithmetic)
+        assert same_bits(out, rotated(x, cos, sin, pairs, case.arithmetic)) and out.data_ptr() != x.data_ptr()
+
+    @every_case
+    def test_in_place_is_the_same_for_queries_and_fewer_heads_of_keys(self, case, pairs, dtype):
+        q, (cos, sin) = heads(64, dtype, number=4), case.tables(pairs, dtype)
+        k = None if case.shaped is of_each_head else q[:, :, :2].clone()
+        expected = rotated(q, cos, sin, pairs, case.arithmetic)
+        rotary_qk_(q, k, cos, sin, rotary_dim=WIDTH, pairs=pairs, arithmetic=case.arithmetic)
+        assert same_bits(q, expected)
+        assert k is None or same_bits(k, expected[:, :, :2])
 
     @pytest.mark.parametrize("run", [1, 3 * 64, 10 * 3 * 64, 2 * TOKENS * 3 * 64, 1 << 20])
     def test_however_it_is_cut_into_runs(self, run, monkeypatch):

@@ -355,50 +355,55 @@ def test_a_model_that_goes_takes_its_patches_along_and_leaves_its_numbers(journa
 # With a step cache: it is as if it had been switched on before the generation
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on_before(monkeypatch, experts):
-    pytest.importorskip("cache_dit", reason="needs cache-dit")
-    pytest.importorskip("transformers")
-    from diffusers import WanTransformer3DModel
+STEP_CACHE = {"threshold": 1.0, "warmup": 2, "fn": 1, "min_steps": 0}
 
+
+@pytest.fixture
+def watched_wan(monkeypatch):
+    """Call it to have diffusers' Wan patched at each first forward, with a step cache, until the test ends."""
+    from diffusers import WanTransformer3DModel as cls
+
+    options = {"only": None, "step_cache": STEP_CACHE, "specs": (), "trust": False}
+    monkeypatch.setattr(first_forward.Choice, "options", options)
+    before = {name: vars(cls).get(name) for name in ("__init__", "__setstate__")}
+    yield lambda: first_forward.watch(cls)
+    first_forward._watched.discard(cls)
+    for name, value in before.items():
+        delattr(cls, name) if value is None else setattr(cls, name, value)
+
+
+def tiny_wan(experts):
     from dit_patch.pipelines.tiny_pipelines import wan22_pipeline, wan_pipeline
 
-    options = {"threshold": 1.0, "warmup": 2, "fn": 1, "min_steps": 0}
     size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32}
+    pipeline = (wan22_pipeline if experts else wan_pipeline)(**size)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
-    def pipeline():
-        made = (wan22_pipeline if experts else wan_pipeline)(**size)
-        made.set_progress_bar_config(disable=True)
-        return made
 
-    def generate(pipeline, seed):
-        generator = torch.Generator().manual_seed(seed)
-        size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 9, "output_type": "latent"}
-        return pipeline("a cat", guidance_scale=5.0, generator=generator, **size).frames
+def generate(pipeline, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 9, "output_type": "latent"}
+    return pipeline("a cat", guidance_scale=5.0, generator=generator, **size).frames
 
-    def stepped(handle):
-        return [(row.model, row.label, row.steps, row.cached) for row in handle.step_stats()]
 
-    before = pipeline()
-    with dit_patch.apply(before, step_cache=options) as handle:
-        expected = [(generate(before, seed), stepped(handle)) for seed in (0, 1)]
+def steps_of(handle):
+    return [(row.model, row.label, row.steps, row.cached) for row in handle.step_stats()]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on_before(watched_wan, experts):
+    pytest.importorskip("cache_dit", reason="needs cache-dit")
+    pytest.importorskip("transformers")
+    before = tiny_wan(experts)
+    with dit_patch.apply(before, step_cache=STEP_CACHE) as handle:
+        expected = [(generate(before, seed), steps_of(handle)) for seed in (0, 1)]
     assert not torch.equal(expected[0][0], generate(before, 0)) and any(cached for *_, cached in expected[0][1])
 
-    attributes = {name: vars(WanTransformer3DModel).get(name) for name in ("__init__", "__setstate__")}
-    monkeypatch.setattr(
-        first_forward.Choice, "options", {"only": None, "step_cache": options, "specs": (), "trust": False}
-    )
-    first_forward.watch(WanTransformer3DModel)
-    try:
-        ours = pipeline()
-        found = []
-        for seed in (0, 1):
-            frames = generate(ours, seed)
-            found.append((frames, stepped(handle_of(ours.transformer))))
-    finally:
-        first_forward._watched.discard(WanTransformer3DModel)
-        for name, value in attributes.items():
-            delattr(WanTransformer3DModel, name) if value is None else setattr(WanTransformer3DModel, name, value)
+    watched_wan()
+    ours = tiny_wan(experts)
+    found = [(generate(ours, seed), steps_of(handle_of(ours.transformer))) for seed in (0, 1)]
+
     for (frames, rows), (other, others) in zip(expected, found):
         assert torch.equal(frames, other) and rows == others
     for model in handle_of(ours.transformer).models.values():
