@@ -86,7 +86,7 @@ def watched(monkeypatch, tmp_path):
         first_forward.watch(cls)
     yield watch
     for cls, attributes in before.items():
-        first_forward._watched.discard(cls)
+        first_forward._watched_classes.discard(cls)
         for name, value in attributes.items():
             if value is None:
                 delattr(cls, name)
@@ -116,7 +116,7 @@ def test_the_first_forward_counts_as_any_other(journal):
             assert torch.equal(model(**inputs), plain(**inputs))
     assert counts(model) == {"table.forward": (2, 1, {}), "embed.forward": (2, 1, {})}
     assert states(journal) == {("Model", PATCHED): 1}
-    assert not any(isinstance(hook.owner, first_forward.First) for hook in model._forward_pre_hooks.values())
+    assert not any(isinstance(hook.owner, first_forward.FirstForward) for hook in model._forward_pre_hooks.values())
 
 
 def test_a_site_that_acts_only_inside_the_models_forward_acts_in_the_first_one(watched):
@@ -367,7 +367,7 @@ def watched_wan(monkeypatch):
     monkeypatch.setattr(first_forward.Choice, "options", options)
     before = {name: vars(cls).get(name) for name in ("__init__", "__setstate__")}
     yield lambda: first_forward.watch(cls)
-    first_forward._watched.discard(cls)
+    first_forward._watched_classes.discard(cls)
     for name, value in before.items():
         delattr(cls, name) if value is None else setattr(cls, name, value)
 
@@ -407,4 +407,4 @@ def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on
     for (frames, rows), (other, others) in zip(expected, found):
         assert torch.equal(frames, other) and rows == others
     for model in handle_of(ours.transformer).models.values():
-        assert not any(isinstance(hook.owner, first_forward.First) for hook in model._forward_pre_hooks.values())
+        assert not any(isinstance(hook.owner, first_forward.FirstForward) for hook in model._forward_pre_hooks.values())

@@ -42,7 +42,7 @@ def parse(*arguments):
 
 
 def choice(*arguments):
-    return Choice.of(parse(*arguments))
+    return Choice.from_args(parse(*arguments))
 
 
 # What is chosen
@@ -64,7 +64,7 @@ def choice(*arguments):
 )
 def test_flags_are_what_apply_is_asked_for(arguments, wanted, only, step_cache):
     found = choice(*arguments)
-    assert found.wanted is wanted
+    assert found.is_wanted is wanted
     assert (found.options["only"], found.options["step_cache"]) == (only, step_cache)
 
 
@@ -76,39 +76,39 @@ def test_the_environment_counts_where_a_flag_is_not_given(monkeypatch):
     monkeypatch.setenv("DIT_PATCH_REPORT", "here.json")
     assert choice() == Choice("rope", "quality", ("one", "two"), True, "here.json")
     given = choice("--patch-model", "off", "--step-cache", "off", "--spec-dir", "three", "--patch-report", "-")
-    assert given == Choice("off", "off", ("three",), True, "-") and not given.wanted
+    assert given == Choice("off", "off", ("three",), True, "-") and not given.is_wanted
 
 
 def test_a_choice_survives_the_environment():
     given = Choice("rope,mask", "quality", ("specs", "more"), True, "report.json")
-    there = Choice.of_environment(given.environment())
+    there = Choice.from_environment(given.to_environment())
     assert there.spec_dir == tuple(os.path.abspath(each) for each in given.spec_dir)
     assert (there.patch_model, there.step_cache, there.trust_specs) == ("rope,mask", "quality", True)
-    assert Choice.of_environment(Choice().environment()) == Choice() and Choice().environment() == {}
+    assert Choice.from_environment(Choice().to_environment()) == Choice() and Choice().to_environment() == {}
 
 
 @pytest.mark.parametrize(
     "text, trusted", [("", False), ("0", False), ("no", False), ("1", True), ("true", True), ("YES", True)]
 )
 def test_trust_in_the_environment_is_yes_or_no(text, trusted):
-    assert Choice.of_environment({"DIT_PATCH_TRUST_SPECS": text}).trust_specs is trusted
+    assert Choice.from_environment({"DIT_PATCH_TRUST_SPECS": text}).trust_specs is trusted
 
 
 def test_what_is_neither_is_refused():
     with pytest.raises(DitPatchError, match="DIT_PATCH_TRUST_SPECS: `maybe` is neither 1 nor 0"):
-        Choice.of_environment({"DIT_PATCH_TRUST_SPECS": "maybe"})
+        Choice.from_environment({"DIT_PATCH_TRUST_SPECS": "maybe"})
     with pytest.raises(DitPatchError, match="patch_model: `3` is a int; expected text"):
-        Choice.of({"patch_model": 3}, {})
+        Choice.from_args({"patch_model": 3}, {})
 
 
 def test_click_and_typer_give_mappings_with_whatever_they_have():
     """click: None and tuples where nothing was given; typer: True and False for bare flags, and paths."""
     nothing = {"patch_model": None, "step_cache": None, "spec_dir": (), "trust_specs": False, "patch_report": None}
-    assert Choice.of(nothing, {}) == Choice()
-    assert Choice.of({"patch_model": "rope", "spec_dir": ("one",), "prompt": "a cat"}, {}).spec_dir == ("one",)
-    bare = Choice.of({"patch_model": True, "step_cache": True, "patch_report": Path("report.json")}, {})
+    assert Choice.from_args(nothing, {}) == Choice()
+    assert Choice.from_args({"patch_model": "rope", "spec_dir": ("one",), "prompt": "a cat"}, {}).spec_dir == ("one",)
+    bare = Choice.from_args({"patch_model": True, "step_cache": True, "patch_report": Path("report.json")}, {})
     assert bare == Choice("auto", "balanced", patch_report="report.json")
-    assert not Choice.of({"patch_model": False}, {}).wanted
+    assert not Choice.from_args({"patch_model": False}, {}).is_wanted
 
 
 def test_the_programs_own_flags_and_help_stay(capsys):

@@ -39,10 +39,10 @@ def run(options: argparse.Namespace) -> int:
         eaten = [text for text in (options.patch_model, options.step_cache) if text not in (None, flags.AUTO)]
         hint = f"; or is `{eaten[0]}` one? then put -- before it" if eaten else ""
         options.refuse(f"no COMMAND to run: dit-patch run -- python program.py{hint}")
-    from ..launch import parent
+    from ..launch import run_command
 
     try:
-        return parent.run(flags.Choice.of(options), command, strict=options.strict)
-    except parent.CommandError as error:
+        return run_command.run_command(flags.Choice.from_args(options), command, strict=options.strict)
+    except run_command.CommandError as error:
         print(f"dit-patch run: {error}", file=sys.stderr)
         return error.status

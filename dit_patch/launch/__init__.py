@@ -1,7 +1,18 @@
-"""`dit-patch run`: an unmodified program, with the models in it and in its child processes patched.
+"""`dit-patch run`, the flags that other programs take from us, and pipelines in worker processes.
 
-`parent` starts the command and reports when it has ended; `site/sitecustomize.py` is what every Python process that the
-command starts comes by, as light as can be; `hooks` watches there for the classes that have specs, `first` patches each
-new instance at its first forward, and `around` finds the pipeline that runs it. What a process did is written down by
-`dit_patch.report.journal`, and put together by `summary`. The two sides share a folder, see `folder`.
+    parser = argparse.ArgumentParser()
+    dit_patch.add_arguments(parser)                                      # flags
+    handle = dit_patch.from_args(pipeline, parser.parse_args())
+    run_command(Choice(patch_model="auto"), ["python", "generate.py"])   # run_command: an unmodified program
+
+`flags` reads what is to be patched from a command line or the environment. `workers` patches the pipelines that live in
+worker processes. The other files are `dit-patch run`, in the order in which they act:
+
+`run_command` starts the command, and prints the report when it has ended.
+`run_folder` names the files and variables through which the processes of a run know of each other.
+`site/sitecustomize.py` is imported by every Python process of the command at its start, and costs next to nothing.
+`watch_imports` waits in that process for the modules of the classes that have specs.
+`first_forward` patches each new instance of these classes at its first forward.
+`find_pipeline` finds the pipeline that runs the model.
+`summary` puts together what `dit_patch.report.journal` has written in each process.
 """

@@ -1,8 +1,8 @@
-"""In a process under `dit-patch run`: every new instance of a known class is patched at its first forward.
+"""In a process under `dit-patch run`: patch every new instance of a watched class at its first forward.
 
-The one thing that changes on a class is what stands around its `__init__` and `__setstate__`, through which models and
-their copies come to be; on an instance it is a torch hook, which is gone after its first forwards, and of which copies
-and pickles know nothing. A failure leaves the model as it is, and is said.
+On a class only `__init__` and `__setstate__` are wrapped, through which models and their copies are made. An instance
+gets a torch hook, which is removed after its first forwards; copies and pickles do not have it. A model that cannot be
+patched runs as it is, and the failure is reported.
 """
 
 from __future__ import annotations
@@ -29,97 +29,103 @@ from ..sites.scope import Hook, forget_copies, scope_of
 from ..upstream.torch_internals import forward_pre_hooks, is_capturing, tracing_state
 from .find_pipeline import pipeline_of
 from .flags import Choice
-from .folder import STRICT
+from .run_folder import STRICT
 
 record_in = journal.record_in
 
-_watched: set[type] = set()
-_lock = threading.RLock()
+_watched_classes: set[type] = set()
+_patching = threading.RLock()  # held while a model is patched, so that threads which share it patch it once
 
 
 def watch(cls: type) -> None:
-    """From now on patch each new instance of the class, or of a class that inherits from it, at its first forward."""
-    if cls in _watched:
+    """Patch each new instance of the class, or of a class that inherits from it, at its first forward."""
+    if cls in _watched_classes:
         return
-    _watched.add(cls)
-    for name, made in (("__init__", _made), ("__setstate__", _copied)):
+    _watched_classes.add(cls)
+    for name, wrapper in (("__init__", _on_init), ("__setstate__", _on_copy)):
         function = inspect.getattr_static(cls, name)
-        setattr(cls, name, wrapt.FunctionWrapper(function, functools.partial(made, cls)))
+        setattr(cls, name, wrapt.FunctionWrapper(function, functools.partial(wrapper, cls)))
 
 
-def _made(cls: type, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+def _on_init(cls: type, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
     result = original(*args, **kwargs)
     _prepare(cls, instance)
     return result
 
 
-def _copied(cls: type, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+def _on_copy(cls: type, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
     result = original(*args, **kwargs)
     if isinstance(instance, torch.nn.Module):
         forget_copies(instance)
         for name in ("forward", "cache_context"):  # copy.copy takes what is on the original as it is
             layer = vars(instance).get(name)
-            if type(layer) is layers.Wrapped and isinstance(layer.installer, First):
+            if type(layer) is layers.Wrapped and isinstance(layer.installer, FirstForward):
                 delattr(instance, name)
     _prepare(cls, instance)
     return result
 
 
 def _prepare(cls: type, model: Any) -> None:
-    outermost = next((each for each in type(model).__mro__ if each in _watched), None)
+    outermost = next((each for each in type(model).__mro__ if each in _watched_classes), None)
     if cls is not outermost or not isinstance(model, torch.nn.Module):
         return
-    waiting = (hook.owner for hook in forward_pre_hooks(model).values() if isinstance(hook, Hook))
-    if any(isinstance(each, First) and each.is_of(model) for each in waiting):
+    owners = (hook.owner for hook in forward_pre_hooks(model).values() if isinstance(hook, Hook))
+    if any(isinstance(owner, FirstForward) and owner.waits_for(model) for owner in owners):
         return
     try:
-        First(model)
+        FirstForward(model)
     except Exception as error:
-        _failed(_name(model), error)
+        _report_failure(_name(model), error)
 
 
-class First:
-    """Waits for the first forward of one model, which it does not hold.
+class FirstForward:
+    """Waits for the first forward of one model, which it references weakly, and patches it then.
 
-    A step cache has to stand around that forward, too: only for it something is put on `forward` beforehand, and on
-    `cache_context`, in which the first pass is named.
+    A step cache has to wrap that forward, too. For it alone `forward` is wrapped beforehand, and `cache_context`, which
+    names the CFG pass of the first forward.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._choice = Choice.of_environment(os.environ)
-        self._settled = self._joined = False
+        self._choice = Choice.from_environment(os.environ)
+        self._is_decided = self._was_patched = False
         self._layers: list[layers.Wrapped] = []
-        self._pass: str | None = None
+        self._pass_name: str | None = None
         self._steppings: list[Any] = []
-        self._hook = model.register_forward_pre_hook(Hook(self.begins, self), with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(Hook(self.before_forward, self), with_kwargs=True)
         if self._choice.options["step_cache"] is not None:
-            self._layers.append(layers.install(model, "forward", self._through, self))
+            self._layers.append(layers.install(model, "forward", self._wrap_forward, self))
             if callable(getattr(model, "cache_context", None)):
-                self._layers.append(layers.install(model, "cache_context", self._named, self))
+                self._layers.append(layers.install(model, "cache_context", self._wrap_cache_context, self))
         journal.note(_name(model), NEVER_CALLED)
 
-    def is_of(self, model: torch.nn.Module) -> bool:
+    def waits_for(self, model: torch.nn.Module) -> bool:
+        """Return whether `model` is the one this object was made for: a shallow copy shares its hooks."""
         return self._model() is model
 
-    def begins(self, model: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-        """Torch's hook before a forward."""
-        if kwargs is None or not self.is_of(model) or _recording():  # a shallow copy has the hooks of its original
+    def __repr__(self) -> str:
+        model = self._model()
+        state = "done" if self._is_decided else "waiting"
+        return f"<FirstForward of {'a model that is gone' if model is None else type(model).__name__}, {state}>"
+
+    def before_forward(self, model: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Patch the model, unless it was decided before. Torch calls this before each forward."""
+        if kwargs is None or not self.waits_for(model) or _is_recording():
             return
-        if self._settled:
+        if self._is_decided:
             self._hook.remove()
             return
-        with _lock:
-            if not self._settled:
-                self._settled = True
-                self._joined = self._patch(model)
+        with _patching:
+            if not self._is_decided:
+                self._is_decided = True
+                self._was_patched = self._patch(model)
         scope = scope_of(model)
-        if self._joined and scope is not None:
+        if self._was_patched and scope is not None:
             # Its own hook comes too late for this forward; the one that ends it does not.
             scope.enter(model, args, kwargs)
 
     def _patch(self, model: torch.nn.Module) -> bool:
-        """Patch it, with the pipeline that it is in; whether that was done just now."""
+        """Patch the model with the pipeline that runs it; return whether that was done now."""
         name = _name(model)
         if scope_of(model) is not None:
             ours = handle_of(model).automatic
@@ -129,12 +135,12 @@ class First:
             handle = apply(_target(model), **self._choice.options)
         except UnsupportedModelError as error:
             if not self._choice.options["only"]:
-                self._failed(name, error)
+                self._leave_alone(name, error)
             else:
                 journal.note(name, "left alone: not of the specs that were chosen", NEVER_CALLED)
             return False
         except Exception as error:
-            self._failed(name, error)
+            self._leave_alone(name, error)
             return False
         handle.automatic = True
         journal.note(name, PATCHED, NEVER_CALLED)
@@ -142,34 +148,34 @@ class First:
         if self._layers:
             self._steppings = handle.step_caches
             for stepping in self._steppings:
-                stepping.join(self._pass if stepping.model is model else None)
+                stepping.join(self._pass_name if stepping.model is model else None)
         return True
 
-    def _failed(self, name: str, error: Exception) -> None:
+    def _leave_alone(self, name: str, error: Exception) -> None:
         journal.note(name, "left as it was", NEVER_CALLED)
-        _failed(name, error)
+        _report_failure(name, error)
 
-    def _through(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Around `forward`, until what was installed since is there too."""
+    def _wrap_forward(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """Run the first forward through the step cache that `before_forward` has installed meanwhile."""
         model = self._model()
-        if not self._settled or model is None:
+        if not self._is_decided or model is None:
             return original(*args, **kwargs)
-        on_top = layers.remove(self._layers[0]) and self._joined
-        # Where the model had been patched before this forward, what was installed is above, and calls us.
+        on_top = layers.remove(self._layers[0]) and self._was_patched
+        # A model that was patched before this forward has its step cache above this layer, which calls it.
         return (layers.innermost(model, "forward") if on_top else original)(*args, **kwargs)
 
-    def _named(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        return self._passing(original(*args, **kwargs), kwargs.get("name", args[0] if args else None))
+    def _wrap_cache_context(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        return self._in_pass(original(*args, **kwargs), kwargs.get("name", args[0] if args else None))
 
     @contextmanager
-    def _passing(self, theirs: Any, name: str | None) -> Iterator[Any]:
-        self._pass = name
+    def _in_pass(self, context: Any, name: str | None) -> Iterator[Any]:
+        self._pass_name = name
         try:
-            with theirs as value:
+            with context as value:
                 yield value
         finally:
-            self._pass = None
-            if self._settled:
+            self._pass_name = None
+            if self._is_decided:
                 layers.remove(self._layers[1])
                 for stepping in self._steppings:
                     stepping.left()
@@ -177,20 +183,21 @@ class First:
 
 
 def _target(model: torch.nn.Module) -> Any:
-    """The pipeline that runs the model; or the model, where there is none, or where others have patched some of it."""
+    """Return the pipeline that runs the model; the model itself where there is none, or where part of it is patched."""
     pipeline = pipeline_of(model)
     if pipeline is None:
         return model
-    parts = find_models(pipeline).values()
-    return model if any(scope_of(each) is not None for part in parts for each in part.modules()) else pipeline
+    modules = (module for each in find_models(pipeline).values() for module in each.modules())
+    return model if any(scope_of(module) is not None for module in modules) else pipeline
 
 
-def _failed(name: str, error: Exception) -> None:
+def _report_failure(name: str, error: Exception) -> None:
+    """Record and print that the model is not patched; with `--strict` raise `error` again."""
     if os.environ.get(STRICT):
         journal.failed(name, f"{type(error).__name__}: {error}")
         raise error
     message = f"{type(error).__name__}: {error}"
-    if not any(message == known for _, known in journal.failures):
+    if not any(message == earlier for _, earlier in journal.failures):
         print(f"dit_patch: {name} is not patched, and runs as it is: {message}", file=sys.stderr, flush=True)
     journal.failed(name, message)
 
@@ -199,6 +206,6 @@ def _name(model: torch.nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
-def _recording() -> bool:
-    """Whether what runs is being recorded: the next forward will do."""
+def _is_recording() -> bool:
+    """Return whether torch is tracing or capturing a graph: then a later forward will do."""
     return tracing_state() is not None or is_capturing()

@@ -5,7 +5,8 @@
     ...
     handle = dit_patch.from_args(pipeline, parser.parse_args())
 
-Knows how choices are written down, and nothing of models; imports no torch before there is something to patch.
+This module knows how choices are written down, and nothing of models. It imports no torch before there is something
+to patch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _REPORT = "write what was patched and what it saved to PATH when the program end
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user chose. Fields are as they are written down; `options` is what they mean."""
+    """What the user chose to patch: the fields hold it as it was written, `options` is what it means for `apply`."""
 
     patch_model: str | None = None
     step_cache: str | None = None
@@ -46,37 +47,40 @@ class Choice:
     patch_report: str | None = None
 
     @classmethod
-    def of(cls, args: Any, environ: Mapping[str, str] | None = None) -> Choice:
-        """From parsed arguments (a Namespace, or a mapping as click has it); where they say nothing, the environment.
+    def from_args(cls, args: Any, environ: Mapping[str, str] | None = None) -> Choice:
+        """Read parsed arguments, a Namespace or a mapping as click has it; where they say nothing, the environment.
 
         Raises:
-            DitPatchError: a value of another kind than these are.
+            DitPatchError: a value has another type than its flag takes.
         """
         given = dict(args) if isinstance(args, Mapping) else vars(args)
-        own = {name: _read(name, given.get(name)) for name in VARIABLES}
-        around = cls.of_environment(os.environ if environ is None else environ)
-        return replace(around, **{name: value for name, value in own.items() if value})
+        choice = cls.from_environment(os.environ if environ is None else environ)
+        return replace(choice, **{name: value for name, value in _read_values(given).items() if value})
 
     @classmethod
-    def of_environment(cls, environ: Mapping[str, str]) -> Choice:
-        """From the variables in `VARIABLES` alone."""
-        return cls(**{name: _read(name, environ.get(variable)) for name, variable in VARIABLES.items()})
+    def from_environment(cls, environ: Mapping[str, str]) -> Choice:
+        """Read the variables in `VARIABLES`.
 
-    def environment(self) -> dict[str, str]:
-        """The variables from which `of_environment` reads this."""
-        written = {
+        Raises:
+            DitPatchError: `DIT_PATCH_TRUST_SPECS` is neither 1 nor 0.
+        """
+        return cls(**_read_values({name: environ.get(variable) for name, variable in VARIABLES.items()}))
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the variables from which `from_environment` reads this choice."""
+        texts = {
             "patch_model": self.patch_model,
             "step_cache": self.step_cache,
             "spec_dir": os.pathsep.join(map(os.path.abspath, self.spec_dir)),
             "trust_specs": "1" if self.trust_specs else "",
             "patch_report": self.patch_report,
         }
-        return {VARIABLES[name]: text for name, text in written.items() if text}
+        return {VARIABLES[name]: text for name, text in texts.items() if text}
 
     @property
-    def wanted(self) -> bool:
+    def is_wanted(self) -> bool:
         """Whether anything is to be patched."""
-        return self._wants(self.patch_model) or self._wants(self.step_cache)
+        return _is_on(self.patch_model) or _is_on(self.step_cache)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -84,12 +88,8 @@ class Choice:
         # Whoever asks for a step cache alone gets the lossless caches beside it, unless they were said to be off.
         words = [word.strip() for word in (self.patch_model or AUTO).split(",") if word.strip()]
         only = None if AUTO in words else () if words == [OFF] else tuple(words)
-        step_cache = self.step_cache if self._wants(self.step_cache) else None
+        step_cache = self.step_cache if _is_on(self.step_cache) else None
         return {"only": only, "step_cache": step_cache, "specs": self.spec_dir, "trust": self.trust_specs}
-
-    @staticmethod
-    def _wants(text: str | None) -> bool:
-        return bool(text) and text != OFF
 
 
 VARIABLES = {
@@ -132,8 +132,8 @@ def from_args(pipeline: Any, args: Any) -> Handle | RemoteHandle | None:
     Raises:
         DitPatchError: as `dit_patch.apply`.
     """
-    choice = Choice.of(args)
-    if not choice.wanted:
+    choice = Choice.from_args(args)
+    if not choice.is_wanted:
         return None
     from ..report.journal import journal
     from .workers import apply  # which knows of generators with workers, too
@@ -145,20 +145,44 @@ def from_args(pipeline: Any, args: Any) -> Handle | RemoteHandle | None:
     return handle
 
 
-def _read(name: str, value: Any) -> Any:
-    """A flag's value as `Choice` has it, from whatever an argument parser or the environment gives."""
-    if name == "spec_dir":
-        if isinstance(value, str):
-            value = value.split(os.pathsep)
-        return tuple(os.fspath(each) for each in value or () if each)
-    if name == "trust_specs":
-        if isinstance(value, str) and value.lower() not in ("", "0", "1", "false", "true", "no", "yes"):
-            raise DitPatchError(f"{VARIABLES[name]}: {quote(value)} is neither 1 nor 0")
-        return value.lower() in ("1", "true", "yes") if isinstance(value, str) else bool(value)
-    if value is True:  # a bare flag of click's or typer's
-        return "balanced" if name == "step_cache" else AUTO
+def _read_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Choice` from what an argument parser or the environment gives for each."""
+    return {
+        "patch_model": _read_text("patch_model", values, bare=AUTO),
+        "step_cache": _read_text("step_cache", values, bare="balanced"),
+        "spec_dir": _read_directories(values.get("spec_dir")),
+        "trust_specs": _read_switch("trust_specs", values),
+        "patch_report": _read_text("patch_report", values, bare=AUTO),
+    }
+
+
+def _read_text(name: str, values: Mapping[str, Any], *, bare: str) -> str | None:
+    """Return the text of a flag; `bare` for True, which click and typer give for a flag without a value."""
+    value = values.get(name)
+    if value is True:
+        return bare
     if value is None or value is False:
         return None
     if not isinstance(value, (str, os.PathLike)):
         raise DitPatchError(f"{name}: {quote(repr(value))} is a {type(value).__name__}; expected text")
     return os.fspath(value) or None
+
+
+def _read_directories(value: Any) -> tuple[str, ...]:
+    """Return the directories of a sequence, or of text that lists them as PATH does."""
+    if isinstance(value, str):
+        value = value.split(os.pathsep)
+    return tuple(os.fspath(each) for each in value or () if each)
+
+
+def _read_switch(name: str, values: Mapping[str, Any]) -> bool:
+    value = values.get(name)
+    if not isinstance(value, str):
+        return bool(value)
+    if value.lower() not in ("", "0", "1", "false", "true", "no", "yes"):
+        raise DitPatchError(f"{VARIABLES[name]}: {quote(value)} is neither 1 nor 0")
+    return value.lower() in ("1", "true", "yes")
+
+
+def _is_on(text: str | None) -> bool:
+    return bool(text) and text != OFF

@@ -1,4 +1,4 @@
-"""What a run did: the reports of its processes put together, and why there is nothing where there is nothing."""
+"""What a run under `dit-patch run` did: the reports of its processes in one, and why where nothing was patched."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..report.journal import PATCHED, text
-from .folder import CAME_BY, REPORTS, UNREACHABLE
+from .run_folder import PYTHONS, REPORTS, UNREACHABLE
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one run.
+    """What one run did.
 
-    `processes` are the documents of `dit_patch.report.journal`, of each process that made a model there is a spec for;
-    `pythons` is how many Python processes came by, `unreachable` what those said that have no dit_patch.
+    Attributes:
+        command: the program, with its arguments.
+        status: its exit status.
+        processes: what `dit_patch.report.journal` wrote in each process that made a model with a spec.
+        pythons: the number of Python processes in the run.
+        unreachable: the messages of interpreters that have no dit_patch.
     """
 
     command: Sequence[str]
@@ -28,8 +32,8 @@ class Summary:
     unreachable: Sequence[str]
 
     @classmethod
-    def of(cls, folder: Path, command: Sequence[str], status: int) -> Summary:
-        """From the files that the processes of the run have left."""
+    def from_folder(cls, folder: Path, command: Sequence[str], status: int) -> Summary:
+        """Read the files that the processes of the run have written."""
         processes = []
         for path in folder.glob(REPORTS):
             with suppress(OSError, ValueError):
@@ -40,20 +44,20 @@ class Summary:
             command,
             status,
             [document for *_, document in sorted(processes, key=lambda each: each[:2])],
-            len(list(folder.glob(CAME_BY))),
+            len(list(folder.glob(PYTHONS))),
             [path.read_text("utf-8", "replace") for path in sorted(folder.glob(UNREACHABLE))],
         )
 
     @property
     def patched(self) -> int:
-        """In how many processes something was patched."""
+        """The number of processes in which something was patched."""
         return sum(bool(document["handles"]) for document in self.processes)
 
     @property
     def failures(self) -> list[str]:
         """What could not be patched, and why, each once."""
-        said = (f"{each['what']}: {each['message']}" for process in self.processes for each in process["failures"])
-        return [*dict.fromkeys(said), *self.unreachable]
+        messages = (f"{each['what']}: {each['message']}" for process in self.processes for each in process["failures"])
+        return [*dict.fromkeys(messages), *self.unreachable]
 
     @property
     def why_nothing(self) -> str | None:
@@ -82,7 +86,7 @@ class Summary:
 
     @property
     def document(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The whole summary as values for JSON."""
         return {
             "command": list(self.command),
             "status": self.status,
@@ -95,7 +99,7 @@ class Summary:
 
     @property
     def verdict(self) -> str | None:
-        """What nobody may miss: that nothing was patched, or not everything, and why."""
+        """The warning that nothing was patched, or not everything, and why; None where all went well."""
         if self.why_nothing is not None:
             return f"dit-patch run: NOTHING WAS PATCHED: {self.why_nothing}"
         if self.failures:
@@ -104,15 +108,15 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """How many processes there were, and in how many something was patched."""
+        """One line: how many processes were patched, and how many others there were."""
         others = self.pythons - len(self.processes)
-        beside = f"; {_processes(others, 'more Python ')} made none of these models" if others > 0 else ""
-        return f"dit-patch run: {_processes(self.patched)} patched{beside}"
+        rest = f"; {_count(others, 'more Python ')} made none of these models" if others > 0 else ""
+        return f"dit-patch run: {_count(self.patched)} patched{rest}"
 
     def __str__(self) -> str:
         parts = [self.headline, *map(text, self.processes), *filter(None, [self.verdict])]
         return "\n\n".join(parts)
 
 
-def _processes(count: int, what: str = "") -> str:
-    return f"{count} {what}process{'es' * (count != 1)}"
+def _count(number: int, what: str = "") -> str:
+    return f"{number} {what}{'process' if number == 1 else 'processes'}"

@@ -97,12 +97,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _choice(options: argparse.Namespace) -> flags.Choice:
     """What is to be patched; `--compare` alone compares with the lossless patches."""
-    choice = flags.Choice.of(options)
-    if not options.compare or choice.wanted:
+    choice = flags.Choice.from_args(options)
+    if not options.compare or choice.is_wanted:
         return choice
     if choice.patch_model == flags.OFF:
         raise DitPatchError(f"--compare: there is nothing to compare with, since --patch-model is {quote(flags.OFF)}")
-    return flags.Choice.of(vars(options) | {"patch_model": flags.AUTO})
+    return flags.Choice.from_args(vars(options) | {"patch_model": flags.AUTO})
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
-"""What every Python process under `dit-patch run` comes by at its start.
+"""The start of every Python process under `dit-patch run`.
 
-Python imports the first `sitecustomize` on its path; this one steps aside for the one that would have been it. It has
-to cost next to nothing, and to run on any Python: until a package that has models of ours is imported, all that stays
-of it is a finder on `sys.meta_path` that finds nothing.
+Python imports the first `sitecustomize` on its path: this one, which then imports the one it has hidden. It must cost
+next to nothing and run on any Python: until a package with models that have specs is imported, it leaves no more than a
+finder on `sys.meta_path` that finds nothing.
 """
 
 # ruff: noqa: SIM105, UP031  (for any Python, and imports nothing that is not there)
@@ -16,7 +16,7 @@ def _start():
     sys.path[:] = [each for each in sys.path if each != here]
     try:
         _watch()
-    except Exception:  # the folder is gone: the run is over, and this is something that it has left running
+    except Exception:  # the folder is gone: the run has ended, and this process outlives it
         pass
     # As if ours were not there: the next one takes the name, or nobody, and Python reports what it raises.
     del sys.modules["sitecustomize"]
@@ -33,11 +33,11 @@ def _watch():
     if packages.isdisjoint(sys.modules):
         sys.meta_path.insert(0, _Watch(folder, classes, packages))
     else:
-        _hook(folder, classes)
+        _watch_imports(folder, classes)
 
 
 class _Watch:
-    """Finds nothing itself, and sets the hooks before the first of these packages is imported."""
+    """A finder that finds nothing, and starts `watch_imports` when the first of these packages is imported."""
 
     def __init__(self, folder, classes, packages):
         self.folder, self.classes, self.packages = folder, classes, packages
@@ -47,25 +47,25 @@ class _Watch:
             from importlib.util import find_spec
 
             sys.meta_path.remove(self)
-            _hook(self.folder, self.classes)
+            _watch_imports(self.folder, self.classes)
             return find_spec(name)  # from the start, now that the finders are others
 
 
-def _hook(folder, classes):
+def _watch_imports(folder, classes):
     try:
-        from dit_patch.launch import hooks
+        from dit_patch.launch import watch_imports
     except Exception as error:
-        _cannot(folder, "%s: %s" % (type(error).__name__, error))
+        _report_missing(folder, "%s: %s" % (type(error).__name__, error))
     else:
-        hooks.start(folder, classes)
+        watch_imports.start(folder, classes)
 
 
-def _cannot(folder, why):
-    said = os.path.join(folder, "unreachable-%s" % sys.executable.replace(os.sep, "_"))
+def _report_missing(folder, why):
+    path = os.path.join(folder, "unreachable-%s" % sys.executable.replace(os.sep, "_"))
     message = "dit_patch cannot be imported by %s, so nothing is patched there: %s" % (sys.executable, why)
     try:
-        file = os.open(said, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except OSError:  # said already, by another process
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except OSError:  # another process has reported it
         pass
     else:
         os.write(file, message.encode("utf-8", "replace"))

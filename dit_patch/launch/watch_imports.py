@@ -1,6 +1,6 @@
-"""In a process under `dit-patch run`: wait for the modules of the classes that have specs, and watch what they make.
+"""In a process under `dit-patch run`: wait for the modules of the classes that have specs, then watch these classes.
 
-Started before the first of their packages is imported; imports no torch until one of the modules has been.
+`start` is called before the first of their packages is imported. No torch is imported before one of the modules.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from ..findings import DitPatchWarning
 
 
 def start(folder: str, classes: Sequence[str]) -> None:
-    """Watch these classes, given by their dotted names, from when their modules are imported."""
+    """Have the classes with these dotted names watched as soon as their modules are imported.
+
+    Args:
+        folder: of the run; the process writes its report there.
+        classes: dotted names.
+    """
     by_module: dict[str, list[str]] = {}
     for name in classes:
         module, _, attribute = name.rpartition(".")
         by_module.setdefault(module, []).append(attribute)
     for module, names in by_module.items():
-        wrapt.register_post_import_hook(functools.partial(_imported, folder, names), module)
+        wrapt.register_post_import_hook(functools.partial(_watch_classes, folder, names), module)
 
 
-def _imported(folder: str, names: list[str], module: ModuleType) -> None:
+def _watch_classes(folder: str, names: list[str], module: ModuleType) -> None:
     try:
         from . import first_forward
 
-        # What is said of a patch shall not end a program that runs with -W error.
+        # Under -W error a warning of ours would end the program.
         warnings.filterwarnings("default", category=DitPatchWarning)
         first_forward.record_in(folder)
         for name in names:

@@ -1,6 +1,6 @@
-"""`dit-patch run` itself: starts the command so that its Python processes patch themselves, and reports at its end.
+"""`dit-patch run`: start a command whose Python processes patch themselves, and print the report when it has ended.
 
-Imports no torch: it is the programs that do.
+It imports no torch: the programs do.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from ..errors import DitPatchError, quote
 from ..report.journal import own_path, save
 from .flags import AUTO, VARIABLES, Choice
-from .folder import CLASSES, FOLDER, SITE, STRICT
+from .run_folder import CLASSES, FOLDER, SITE, STRICT
 from .summary import Summary
 
-NOTHING = 3
+NOT_PATCHED = 3
 """The exit status of a run with `--strict` in which the command itself went well, and not everything was patched."""
 
 _FORWARDED = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _KEYS = ("SIGINT", "SIGQUIT")  # which a terminal sends to all processes in the foreground by itself
 
 
-def run(choice: Choice, command: Sequence[str], *, strict: bool = False) -> int:
+def run_command(choice: Choice, command: Sequence[str], *, strict: bool = False) -> int:
     """Run `command`, and return its exit status, as a shell gives it (128 and more: ended by a signal).
 
     Raises:
@@ -38,29 +38,29 @@ def run(choice: Choice, command: Sequence[str], *, strict: bool = False) -> int:
     """
     if choice.patch_model is None:
         choice = replace(choice, patch_model=AUTO)
-    if not choice.wanted:
+    if not choice.is_wanted:
         print("dit-patch run: --patch-model off: the command runs as it is", file=sys.stderr)
-        return _status(command, _without_flags(os.environ))
+        return _wait_for(command, _without_flags(os.environ))
     classes = _classes(choice)
     report = _report_file(choice.patch_report)
     folder = Path(tempfile.mkdtemp(prefix="dit-patch-run-"))
     try:
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), "utf-8")
-        status = _status(command, _environment(choice, folder, strict))
-        summary = Summary.of(folder, command, status)
+        status = _wait_for(command, _environment(choice, folder, strict))
+        summary = Summary.from_folder(folder, command, status)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _tell(summary, report)
+    _print_summary(summary, report)
     if strict and not status and (summary.why_nothing or summary.failures):
-        return NOTHING
+        return NOT_PATCHED
     return status
 
 
 def _classes(choice: Choice) -> list[str]:
-    """The dotted names of the classes to watch.
+    """Return the dotted names of the classes to watch.
 
     Raises:
-        DitPatchError: something of the choice does not exist, or a spec cannot be read.
+        DitPatchError: a chosen spec, kind or preset does not exist, or a spec cannot be read.
     """
     from ..spec.registry import Registry
     from ..step_cache import StepCache
@@ -73,7 +73,11 @@ def _classes(choice: Choice) -> list[str]:
 
 
 def _report_file(path: str | None) -> str | None:
-    """Where the report goes, found out before hours have been spent; None for standard error."""
+    """Return the absolute path of the report, or None for standard error.
+
+    Raises:
+        DitPatchError: no file can be written there. It is checked before the command starts, which may run for hours.
+    """
     if path is None or path == "-":
         return None
     path = os.path.abspath(own_path(path))
@@ -85,7 +89,7 @@ def _report_file(path: str | None) -> str | None:
 
 def _environment(choice: Choice, folder: Path, strict: bool) -> dict[str, str]:
     environment = _without_flags(os.environ)
-    environment |= replace(choice, patch_report=None).environment()
+    environment |= replace(choice, patch_report=None).to_environment()
     environment[FOLDER] = str(folder)
     if strict:
         environment[STRICT] = "1"
@@ -119,9 +123,9 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         raise CommandError(f"no command {quote(name)} ({error.strerror}){python}", 127) from None
 
 
-def _status(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the command to its end."""
-    with _forwarding() as forward_to:
+def _wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the command to its end, and return its exit status as a shell gives it."""
+    with _forwarded_signals() as forward_to:
         process = _start(command, environment)
         forward_to(process)
         status = process.wait()
@@ -129,10 +133,10 @@ def _status(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def _forwarding() -> Iterator[Callable[[subprocess.Popen], None]]:
-    """Signals to us are for the command; a key of the terminal it gets by itself.
+def _forwarded_signals() -> Iterator[Callable[[subprocess.Popen], None]]:
+    """Send signals on to the command; those of a terminal's keys it gets by itself.
 
-    What is yielded is to be told of its process; signals that come before that wait for it.
+    Yields a function to be called with the command's process. Signals that come earlier are sent then.
     """
     started: list[subprocess.Popen] = []
     early: list[int] = []
@@ -152,7 +156,7 @@ def _forwarding() -> Iterator[Callable[[subprocess.Popen], None]]:
             forward(early.pop(0), None)
 
     numbers = [getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)]
-    # nohup has some ignored, and they shall stay so.
+    # What nohup has set to be ignored stays ignored.
     before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -165,7 +169,7 @@ def _forwarding() -> Iterator[Callable[[subprocess.Popen], None]]:
 
 
 def _in_foreground() -> bool:
-    """Whether a terminal sends its keys to our process group."""
+    """Return whether a terminal sends its keys to our process group."""
     try:
         terminal = os.open(os.ctermid(), os.O_RDONLY)
     except (OSError, AttributeError):
@@ -178,7 +182,7 @@ def _in_foreground() -> bool:
         os.close(terminal)
 
 
-def _tell(summary: Summary, report: str | None) -> None:
+def _print_summary(summary: Summary, report: str | None) -> None:
     if report is not None:
         try:
             save(report, summary.document, lambda _: str(summary))
