@@ -15,6 +15,7 @@ from dit_patch.handle import Handle, apply
 from dit_patch.sites import resolve
 from dit_patch.sites.layers import Wrapped
 from dit_patch.spec import mini
+from dit_patch.spec.address import AttributeAddress, SpanAddress
 from dit_patch.spec.registry import Registry
 
 torch.set_num_threads(1)
@@ -92,10 +93,10 @@ class Tiny:
 
     def layers_on_globals(self) -> list[str]:
         """The functions shared by all models, of those that the spec names, that somebody's patch is on."""
-        shared = [site.at for site in self.spec.sites if ":" in site.at]
+        shared = [site for site in self.spec.sites if not isinstance(site.address, (AttributeAddress, SpanAddress))]
         assert shared
-        found = {at: resolve.targets(self.plain, at, "here")[0] for at in shared}
-        return [at for at, (owner, name) in found.items() if type(vars(owner)[name]) is Wrapped]
+        found = {site.at: resolve.places(site.address, self.plain, "here")[0] for site in shared}
+        return [at for at, (owner, name, _) in found.items() if type(vars(owner)[name]) is Wrapped]
 
     def reasons(self) -> set[str]:
         """Why calls were passed through, over all sites."""

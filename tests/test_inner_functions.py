@@ -10,7 +10,8 @@ from toys import inside
 from dit_patch.errors import SiteError
 from dit_patch.sites import layers
 from dit_patch.sites.inner_functions import Locals
-from dit_patch.sites.resolve import targets
+from dit_patch.sites.resolve import places
+from dit_patch.spec.address import Address
 from dit_patch.spec.fingerprint import fingerprint
 
 
@@ -100,10 +101,11 @@ def test_compiled_code_sees_the_original_and_does_not_break():
 
 
 def test_an_address_names_one_and_says_what_there_is_instead():
-    owner, name = targets(torch.nn.Module(), "toys:inside.<locals>.twist", "here")[0]
+    model = torch.nn.Module()
+    owner, name, _ = places(Address.parse("toys:inside.<locals>.twist"), model, "here")[0]
     assert getattr(owner, name)(3.0, 2.0) == 7.0
     with pytest.raises(SiteError, match="here: `inside` defines no function `twits` of its own; did you mean `twist`"):
-        targets(torch.nn.Module(), "toys:inside.<locals>.twits", "here")
+        places(Address.parse("toys:inside.<locals>.twits"), model, "here")
     for path in ("outside", "Table", "inside.twist", "Table.theta"):
         with pytest.raises(SiteError, match=f"here: toys has no function `{path}` that is plain Python"):
-            targets(torch.nn.Module(), f"toys:{path}.<locals>.twist", "here")
+            places(Address.parse(f"toys:{path}.<locals>.twist"), model, "here")

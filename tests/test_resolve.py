@@ -11,11 +11,17 @@ import toys
 from dit_patch.errors import SiteError, UnsupportedModelError
 from dit_patch.sites import resolve, scope
 from dit_patch.sites.pipeline_models import find_models, find_stages, is_compiled_in, unwrap
+from dit_patch.spec.address import Address
 from dit_patch.upstream.torch_internals import is_compiled
 
 
 def pipeline(**components):
     return types.SimpleNamespace(components=components)
+
+
+def places(model, at, label, pipeline=None):
+    found = resolve.places(Address.parse(at), model, label, pipeline)
+    return [(owner, name) for owner, name, _ in found]
 
 
 # The models inside.
@@ -92,9 +98,9 @@ def test_what_runs_compiled_is_told():
     assert is_compiled(whole)
     inside.embed.compile()
     assert not is_compiled(inside)
-    assert resolve.compiled_along(inside, "embed.first")
-    assert not resolve.compiled_along(inside, "blocks.0.first")
-    assert resolve.compiled_along(inside, "gone.for.good")
+    assert resolve.is_compiled_along(inside, "embed.first")
+    assert not resolve.is_compiled_along(inside, "blocks.0.first")
+    assert resolve.is_compiled_along(inside, "gone.for.good")
 
 
 # Addresses.
@@ -102,16 +108,16 @@ def test_what_runs_compiled_is_told():
 
 def test_an_address_names_attributes_of_submodules():
     model = toys.build()
-    assert resolve.targets(model, "table.forward", "here") == [(model.table, "forward")]
-    assert resolve.targets(model, "prepare_mask", "here") == [(model, "prepare_mask")]
-    assert resolve.targets(model, "blocks.1.last.forward", "here") == [(model.blocks[1].last, "forward")]
+    assert places(model, "table.forward", "here") == [(model.table, "forward")]
+    assert places(model, "prepare_mask", "here") == [(model, "prepare_mask")]
+    assert places(model, "blocks.1.last.forward", "here") == [(model.blocks[1].last, "forward")]
 
 
 def test_a_star_is_each_child_at_one_step():
     model = toys.build()
     blocks = list(model.blocks)
-    assert resolve.targets(model, "blocks.*.forward", "here") == [(block, "forward") for block in blocks]
-    assert resolve.targets(model, "blocks.*.last.forward", "here") == [(block.last, "forward") for block in blocks]
+    assert places(model, "blocks.*.forward", "here") == [(block, "forward") for block in blocks]
+    assert places(model, "blocks.*.last.forward", "here") == [(block.last, "forward") for block in blocks]
     assert len(resolve.submodules(model, "blocks.*.*", "here")) == 4
     assert resolve.submodules(model, "", "here") == [model]
 
@@ -119,12 +125,12 @@ def test_a_star_is_each_child_at_one_step():
 def test_of_what_a_star_stands_for_only_those_count_that_go_on_as_the_address_does():
     model = toys.build()
     model.blocks[0].last = None
-    assert resolve.targets(model, "blocks.*.last.forward", "here") == [(model.blocks[1].last, "forward")]
+    assert places(model, "blocks.*.last.forward", "here") == [(model.blocks[1].last, "forward")]
     assert resolve.branches(model, "blocks.*.last", "here") == [(model.blocks[1].last, ("1",))]
-    assert resolve.filled_in("blocks.*.first.*", ("1",)) == "blocks.1.first.*"
+    assert resolve.fill_stars("blocks.*.first.*", ("1",)) == "blocks.1.first.*"
     model.blocks[1].last = None
     with pytest.raises(SiteError, match="blocks.0 has no submodule `last`"):
-        resolve.targets(model, "blocks.*.last.forward", "here")
+        places(model, "blocks.*.last.forward", "here")
 
 
 class Stage:
@@ -140,19 +146,19 @@ def test_an_address_in_the_pipeline_is_a_method_of_the_stages_that_run_the_model
     runs, runs_compiled = Stage(transformer=model), Stage(transformer_2=torch.compile(model), transformer=model)
     pipe = types.SimpleNamespace(stages=[Stage(), runs, Stage(transformer=other), runs_compiled, runs, 3])
     assert find_stages(pipe, model) == [runs, runs_compiled]
-    found = resolve.targets(model, "pipeline:_initialize_kv_cache", "here", pipe)
+    found = places(model, "pipeline:_initialize_kv_cache", "here", pipe)
     assert found == [(runs, "_initialize_kv_cache"), (runs_compiled, "_initialize_kv_cache")]
     with pytest.raises(SiteError, match="has a method `nothing`; the stages that do: Stage, Stage"):
-        resolve.targets(model, "pipeline:nothing", "here", pipe)
+        places(model, "pipeline:nothing", "here", pipe)
     with pytest.raises(SiteError, match="the stages that do: none"):
-        resolve.targets(model, "pipeline:_initialize_kv_cache", "here", model)
+        places(model, "pipeline:_initialize_kv_cache", "here", model)
 
 
 @pytest.mark.parametrize("address", ["toys:nothing", "nowhere:f", "toys:rank"])
 def test_a_function_that_is_none_is_an_error(address):
     with pytest.raises(SiteError, match=f"here: `{address}` (cannot be found|is a list, which cannot be called)"):
-        resolve.function(address, "here")
-    assert resolve.function("toys:shift", "here") is toys.shift
+        resolve.function(Address.parse(address), "here")
+    assert resolve.function(Address.parse("toys:shift"), "here") is toys.shift
 
 
 def test_a_forward_of_its_own_is_told_from_an_inherited_one():
@@ -178,28 +184,28 @@ def test_a_block_whose_forward_was_replaced_by_compiled_code_is_told():
     model = toys.build()
     assert not is_compiled(model.embed)
     model.embed.forward = torch.compile(model.embed.forward)
-    assert is_compiled(model.embed) and resolve.compiled_along(model, "embed.first")
+    assert is_compiled(model.embed) and resolve.is_compiled_along(model, "embed.first")
 
 
 def test_compiled_submodules_are_seen_through():
     model = toys.build()
     table = model.table
     model.table = torch.compile(model.table)
-    assert resolve.targets(model, "table.forward", "here") == [(table, "forward")]
+    assert places(model, "table.forward", "here") == [(table, "forward")]
 
 
 def test_a_global_is_named_by_its_module_or_as_forward_sees_it():
     model = toys.build()
-    assert resolve.targets(model, "toys:shift", "here") == [(toys, "shift")]
-    assert resolve.targets(model, "forward:shift", "here") == [(toys, "shift")]
-    assert resolve.targets(toys.build(toys.Child), "forward:shift", "here") == [(toys, "shift")]
+    assert places(model, "toys:shift", "here") == [(toys, "shift")]
+    assert places(model, "forward:shift", "here") == [(toys, "shift")]
+    assert places(toys.build(toys.Child), "forward:shift", "here") == [(toys, "shift")]
 
 
 def test_forward_is_seen_through_decorators():
     class Decorated(toys.Toy):
         forward = torch.no_grad()(toys.Toy.forward)
 
-    assert resolve.targets(toys.build(Decorated), "forward:shift", "here") == [(toys, "shift")]
+    assert places(toys.build(Decorated), "forward:shift", "here") == [(toys, "shift")]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +222,7 @@ def test_forward_is_seen_through_decorators():
 )
 def test_an_address_without_an_attribute_says_what_there_is(at, message):
     with pytest.raises(SiteError) as caught:
-        resolve.targets(toys.build(), at, "here")
+        places(toys.build(), at, "here")
     assert str(caught.value).startswith(message)
 
 
@@ -224,7 +230,7 @@ def test_nothing_is_changed():
     model = toys.build()
     compiled = torch.compile(model)
     before = toys.snapshot(model)
-    resolve.targets(model, "blocks.*.forward", "here")
-    resolve.targets(model, "forward:shift", "here")
+    places(model, "blocks.*.forward", "here")
+    places(model, "forward:shift", "here")
     find_models(compiled)
     assert toys.same_snapshot(before, toys.snapshot(model))

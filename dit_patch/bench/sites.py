@@ -26,6 +26,7 @@ from ..handle import apply
 from ..memo.store import map_tensors
 from ..sites import layers, resolve, scope
 from ..spec import mini
+from ..spec.address import SpanAddress
 from ..spec.model import Site, Spec
 from ..spec.recipe import Case
 from ..spec.registry import Registry
@@ -220,10 +221,10 @@ def record(
     device = next(model.parameters()).device
     undo = ExitStack()
     for site in spec.sites:
-        if site.is_span:
+        if isinstance(site.address, SpanAddress):
             continue
         try:
-            owner, name = resolve.targets(model, site.at, spec.name)[0]
+            owner, name, _ = resolve.places(site.address, model, spec.name)[0]
         except SiteError:
             continue
 

@@ -15,6 +15,7 @@ from ..sites.binding import Binding
 from ..sites.patch import Patch
 from ..sites.pipeline_models import find_stages
 from ..sites.scope import Frame, Scope
+from ..spec.address import StageAddress
 from ..spec.model import Site, Spec
 from ..step_cache.live import Stepping
 from .reach import Reach
@@ -74,7 +75,8 @@ class PatchedModel:
     def repair(self, target: Any = None) -> None:
         """Put back what another library has displaced, and add what only `target`, the pipeline, has."""
         for site in filter(self.handle.options.wants, self.spec.sites):
-            if site.at.startswith("pipeline:") and site.at not in self.sites and find_stages(target, self.model):
+            is_of_stages = isinstance(site.address, StageAddress)
+            if is_of_stages and site.at not in self.sites and find_stages(target, self.model):
                 self._bind(site, target)
         for patch in self.patches:
             patch.install()

@@ -10,6 +10,7 @@ from ..findings import Finding, FindingKind
 from ..sites import resolve
 from ..sites.patch import Patch
 from ..sites.scope import Frame
+from ..spec.address import Address, AttributeAddress, SpanAddress, StageAddress
 from ..upstream.torch_internals import is_compiled
 
 
@@ -37,10 +38,12 @@ class Reach:
         return reported
 
     def _finding(self, frame: Frame, at: str, live: Sequence[Patch]) -> Finding | None:
-        if at in self.reported or at.startswith("pipeline:"):
+        if at in self.reported:
             return None
         if any(patch in frame.calls for patch in live):
             self.reached.add(at)
+            return None
+        if isinstance(Address.parse(at), StageAddress):  # which is called by the pipeline, outside of forwards
             return None
         kind = FindingKind.UNREACHED
         if any(patch.is_displaced for patch in live):
@@ -57,16 +60,18 @@ class Reach:
     def _is_compiled(self, at: str) -> bool:
         """Return whether the site, which was not reached, is inside compiled code; looked up once."""
         if at not in self.compiled:
-            self.compiled[at] = _is_inside_compiled_code(self.model, at)
+            self.compiled[at] = _is_inside_compiled_code(self.model, Address.parse(at))
         return self.compiled[at]
 
 
-def _is_inside_compiled_code(model: torch.nn.Module, at: str) -> bool:
-    path = at.partition("..")[0] if ".." in at else at.rpartition(".")[0]
-    if ":" in at:
-        # Who calls a global cannot be told from outside.
-        return any(map(is_compiled, model.modules()))
+def _is_inside_compiled_code(model: torch.nn.Module, address: Address) -> bool:
+    match address:
+        case AttributeAddress(path=path) | SpanAddress(start=path):
+            pass
+        case _:
+            # Who calls a global cannot be told from outside.
+            return any(map(is_compiled, model.modules()))
     if "*" in path:
-        owners = resolve.branches(model, path, at)
-        return all(resolve.compiled_along(model, resolve.filled_in(path, stars)) for _, stars in owners)
-    return bool(path) and resolve.compiled_along(model, path)
+        owners = resolve.branches(model, path, str(address))
+        return all(resolve.is_compiled_along(model, resolve.fill_stars(path, stars)) for _, stars in owners)
+    return bool(path) and resolve.is_compiled_along(model, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..spec.address import Address, InnerFunctionAddress
 from ..step_cache.stats import text as step_text
 from .rows import Rows
 
@@ -41,11 +42,11 @@ def report_text(rows: Rows, max_bytes: int, nbytes: int, step_cache: Any = None)
 
 
 def _short(at: str) -> str:
-    """The address as a row shows it: of a function inside a method, without the path to it."""
-    module, _, path = at.partition(":")
-    if "<locals>" not in path:
-        return at
-    return f"{module.rpartition('.')[2]}:{path.partition('.')[0]}...{path.rpartition('.')[2]}"
+    """Return the address as a row shows it: of a function inside a method, without the path to it."""
+    match Address.parse(at):
+        case InnerFunctionAddress(module, function, name):
+            return f"{module.rpartition('.')[2]}:{function.partition('.')[0]}...{name}"
+    return at
 
 
 def _mib(nbytes: int) -> str:

@@ -5,14 +5,14 @@ Changes nothing yet; installing the patches does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import SiteError, suggest
 from ..findings import Finding, FindingKind, warn
+from ..spec.address import Address, SpanAddress, StageAddress
 from ..spec.fingerprint import fingerprint
 from ..spec.model import Site, Spec
 from ..upstream import torch_internals
@@ -21,6 +21,7 @@ from .binding import Attribute, Binding
 from .memoised import MemoisedSite
 from .patch import Patch
 from .replaced import ReplacedSite
+from .resolve import Place
 from .result_filter import ResultFilter
 from .span import Span
 from .stand_in import StandInSite
@@ -35,25 +36,27 @@ def bind(spec: Spec, site: Site, binding: Binding, pipeline: Any) -> tuple[list[
     Raises:
         SiteError: the spec names something that is not there.
     """
-    label, model = spec.label(site), binding.model
+    label, model, address = spec.label(site), binding.model, site.address
     has_own_forward = scope.has_own_forward(model, spec.classes)
     if has_own_forward and _counts_on_the_forward(site):
         return [], Finding(FindingKind.NEEDS_FORWARD, site.at, type(model).__name__)
     try:
-        if site.is_span:
-            ends = _ends(model, *site.span, label)
+        if isinstance(address, SpanAddress):
+            spans = resolve.spans(address, model, label)
         else:
-            attributes = _attributes(site, model, pipeline, label)
+            places = resolve.places(address, model, label, pipeline)
+        leftovers = _leftovers(model, site.clears, label)
     except SiteError:
         if site.optional:
             return [], Finding(_kind_of_absence(site), site.at)
         if not has_own_forward:
             raise
         return [], Finding(FindingKind.OTHER_FORWARD, site.at, type(model).__name__)
-    if site.is_span:
-        return [Span(site, label, binding, *each) for each in ends], None
+    if isinstance(address, SpanAddress):
+        return [Span(site, label, binding, ends) for ends in spans], None
+    attributes = _attributes(site, model, label, places, leftovers)
     if site.then:
-        function = resolve.function(site.then, label)
+        function = resolve.function(Address.parse(site.then), label)
         return [ResultFilter(binding, each, function) for each in attributes], None
     finding = None
     replacement = _replacement(attributes[0]) if site.use else None
@@ -73,14 +76,14 @@ def _patch(binding: Binding, attribute: Attribute, replacement: Callable | None)
     return StandInSite(binding, attribute, patch) if site.unused or site.unused_with else patch
 
 
-def _attributes(site: Site, model: torch.nn.Module, pipeline: Any, label: str) -> list[Attribute]:
+def _attributes(
+    site: Site, model: torch.nn.Module, label: str, places: Iterable[Place], leftovers: Sequence[tuple[Any, str]]
+) -> list[Attribute]:
     """Return the attributes that the site stands for, with what it reads; the first with what it clears."""
-    targets = resolve.targets(model, site.at, label, pipeline)
-    leftovers = _leftovers(model, site.clears, label)
-    values = [resolve.function(name, label) for name in site.reads if ":" in name]
+    values = [resolve.function(address, label) for address in site.functions_read]
     attributes: list[Attribute] = []
-    for (owner, name), stars in zip(targets, _stars(model, site.at, label)):
-        paths = [resolve.filled_in(path, stars) for path in site.reads if ":" not in path]
+    for owner, name, stars in places:
+        paths = [resolve.fill_stars(path, stars) for path in site.paths_read]
         weights = {path: found for path in paths if (found := _parameter(model, path)) is not None}
         modules = [each for path in paths if path not in weights for each in resolve.submodules(model, path, label)]
         first = () if attributes else leftovers
@@ -89,7 +92,7 @@ def _attributes(site: Site, model: torch.nn.Module, pipeline: Any, label: str) -
 
 
 def _kind_of_absence(site: Site) -> FindingKind:
-    return FindingKind.ABSENT_STAGE if site.at.startswith("pipeline:") else FindingKind.ABSENT
+    return FindingKind.ABSENT_STAGE if isinstance(site.address, StageAddress) else FindingKind.ABSENT
 
 
 def _counts_on_the_forward(site: Site) -> bool:
@@ -97,24 +100,9 @@ def _counts_on_the_forward(site: Site) -> bool:
 
     A span is not: each of its steps is known by what it is called with.
     """
-    borrows = not site.is_span and any(name.startswith("model.") for name in site.key)
+    is_span = isinstance(site.address, SpanAddress)
+    borrows = not is_span and any(name.startswith("model.") for name in site.key)
     return bool(site.unused or site.unused_with or borrows)
-
-
-def _ends(model: torch.nn.Module, start: str, end: str, label: str) -> list[tuple[Any, torch.nn.Module, str]]:
-    """For each span of an address where it begins (None: with the forward), where it ends, and the path to there."""
-    found = []
-    for module, stars in resolve.branches(model, end, label):
-        begin = resolve.submodules(model, resolve.filled_in(start, stars), label)[0] if start else None
-        found.append((begin, module, resolve.filled_in(end, stars)))
-    return found
-
-
-def _stars(model: torch.nn.Module, at: str, label: str) -> Iterable[tuple[str, ...]]:
-    """What the `*` of an address stand for, for each attribute that it names."""
-    if ":" in at:
-        return repeat(())
-    return [stars for _, stars in resolve.branches(model, at.rpartition(".")[0], label)]
 
 
 def _parameter(model: torch.nn.Module, path: str) -> tuple[dict, str] | None:
@@ -145,7 +133,7 @@ def _leftovers(model: torch.nn.Module, paths: Iterable[str], label: str) -> list
 def _replacement(attribute: Attribute) -> Callable | None:
     """Return the function that `use:` names; None, with a warning, where the original is not the one it replaces."""
     site, label = attribute.site, attribute.label
-    replacement = resolve.function(site.use, label)
+    replacement = resolve.function(Address.parse(site.use), label)
     try:
         actual = fingerprint(attribute.original)
     except (OSError, TypeError):

@@ -23,7 +23,7 @@ from ..spec.model import Site
 from ..upstream.torch_internals import is_capturing, leave_function_mode
 from . import scope
 from .binding import Binding
-from .resolve import compiled_along
+from .resolve import Ends, is_compiled_along
 
 _CPU = torch.device("cpu")
 _FACTORIES = frozenset({"arange", "full", "ones", "tensor", "zeros"})
@@ -38,9 +38,7 @@ _METHODS = frozenset(
 
 
 class Span:
-    """A live span of `model`, between the end of its submodule `start`, or of nothing, and the beginning of `end`.
-
-    A span without a `start` has to be told that a forward begins. `path` is that of `end`.
+    """A span at work on one model. One that begins with the forward has to be told of it: `on_forward_start`.
 
     Raises:
         SiteError: where the spec names an argument that the model's forward does not have.
@@ -51,12 +49,9 @@ class Span:
         site: Site,
         label: str,
         binding: Binding,
-        start: torch.nn.Module | None,
-        end: torch.nn.Module,
-        path: str,
+        ends: Ends,
     ) -> None:
-        self.site, self.label, self.model = site, label, binding.model
-        self.start, self.end, self.path = start, end, path
+        self.site, self.label, self.model, self.ends = site, label, binding.model, ends
         self.memo = Memo(label, binding.budget, binding.check)
         self.names = [name.removeprefix("model.") for name in site.key]
         for name in self.names:
@@ -71,7 +66,7 @@ class Span:
     @property
     def watches_forwards(self) -> bool:
         """Whether it begins where a forward does."""
-        return self.start is None
+        return self.ends.start is None
 
     def on_forward_start(self, frame: scope.Frame) -> None:
         """Begin to watch, at the start of a forward."""
@@ -79,9 +74,9 @@ class Span:
 
     def install(self) -> None:
         if not self._hooks:
-            self._hooks = [self.end.register_forward_pre_hook(scope.Hook(self.finish, self), prepend=True)]
-            if self.start is not None:
-                self._hooks.append(self.start.register_forward_hook(scope.Hook(self.begin, self)))
+            self._hooks = [self.ends.end.register_forward_pre_hook(scope.Hook(self.finish, self), prepend=True)]
+            if self.ends.start is not None:
+                self._hooks.append(self.ends.start.register_forward_hook(scope.Hook(self.begin, self)))
 
     def remove(self) -> bool:
         for hook in self._hooks:
@@ -105,7 +100,7 @@ class Span:
         if self.memo.off is not None or (self.site.accelerator and frame.device == _CPU):
             return
         try:
-            if compiled_along(self.model, self.path):
+            if is_compiled_along(self.model, self.ends.path):
                 # A mode that is on when a compiled function is entered would have it compiled again.
                 raise Uncacheable("the submodule after it is compiled")
             if self.names and frame.nameless:

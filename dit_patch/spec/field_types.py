@@ -48,7 +48,7 @@ Identifier = Annotated[str, _Pattern(_IDENTIFIER, "a name (letters, digits and `
 ClassName = Annotated[str, _Pattern(rf"{_IDENTIFIER}\.{_MODULE}", "the dotted name of a class, `package.module.Class`")]
 SpecName = Annotated[str, _Pattern(r"[^\s/.][^\s]*", "the name of a spec, such as `diffusers/wan`")]
 SubmodulePath = Annotated[str, _Pattern(_PATH, "the path of a submodule, such as `blocks.0.attn` (no `*`)")]
-Address = Annotated[
+AddressText = Annotated[
     str,
     _Pattern(
         rf"{_SPAN}|{_ATTRIBUTE}|{_GLOBAL}|{_LOCAL}",

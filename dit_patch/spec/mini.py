@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..memo.store import map_tensors
+from .address import Address
 from .model import Spec
 from .recipe import Case, Input
 
@@ -80,8 +81,8 @@ def forwards(
         generation: a number; the arguments of another generation have other contents.
     """
     if case.rollout is not None:
-        module, _, name = case.rollout.partition(":")
-        rollout = getattr(import_module(module), name)
+        address = Address.parse(case.rollout)
+        rollout = getattr(import_module(address.module), address.name)
         yield from rollout(
             case.config, size, steps=steps, passes=passes, dtype=dtype, device=device, generation=generation
         )

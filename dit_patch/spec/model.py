@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, PrivateAttr
 
 from ..errors import SpecError, quote, suggest
+from .address import Address, GlobalAddress, SpanAddress, StageAddress
 from .declared import Complaint, Declared
 from .field_types import (
-    Address,
+    AddressText,
     AttributePath,
     ClassName,
     Count,
@@ -71,7 +72,7 @@ class Site(Declared):
 
     model_config = ConfigDict(json_schema_extra={"dependentRequired": {"use": ["source"], "source": ["use"]}})
 
-    at: Address = Field(
+    at: AddressText = Field(
         description="What is called: `path.to.attribute` from the model (`*` is any one step), `forward:name` for a "
         "global as the model's forward sees it, `package.module:name` for a global elsewhere, "
         "`package.module:Class.method.<locals>.name` for a function that a method defines, `pipeline:name` for a "
@@ -127,22 +128,19 @@ class Site(Declared):
     )
 
     @property
-    def is_span(self) -> bool:
-        """Whether the site is code between two submodules rather than something that is called."""
-        return ".." in self.at
+    def address(self) -> Address:
+        """What `at` says."""
+        return Address.parse(self.at)
 
     @property
-    def span(self) -> tuple[str, str]:
-        """The submodules that a span lies between; only for a site that is one."""
-        start, _, end = self.at.partition("..")
-        if not end:
-            raise ValueError(f"{quote(self.at)} is not a span")
-        return start, end
+    def functions_read(self) -> tuple[GlobalAddress, ...]:
+        """The functions in `reads`, whose values count."""
+        return tuple(each for each in map(Address.parse, self.reads) if isinstance(each, GlobalAddress))
 
     @property
-    def names_code(self) -> tuple[str, ...]:
-        """The functions of `use`, `then` and `reads`, which are imported and called."""
-        return tuple(name for name in (self.use, self.then, *self.reads) if name and ":" in name)
+    def paths_read(self) -> tuple[str, ...]:
+        """The submodules and parameters in `reads`, as paths from the model."""
+        return tuple(path for path in self.reads if not isinstance(Address.parse(path), GlobalAddress))
 
     def _broken_rules(self) -> Iterator[Complaint]:
         if self.use and not self.source:
@@ -155,18 +153,17 @@ class Site(Declared):
         if self.then:
             for name in sorted(self.model_fields_set - {"at", "kind", "then", "optional"}):
                 yield (name,), "does not go with `then`, which takes only at, kind and optional"
-        elif self.at.startswith("pipeline:"):
+        elif isinstance(self.address, StageAddress):
             yield ("at",), "a method of the pipeline needs `then`: nothing that it returns is kept"
-        if self.is_span:
-            yield from self._broken_span_rules()
+        if isinstance(self.address, SpanAddress):
+            yield from self._broken_span_rules(self.address)
         elif self.accelerator:
             yield ("accelerator",), "goes only with a span"
 
-    def _broken_span_rules(self) -> Iterator[Complaint]:
-        start, end = self.span
-        if start == end:
+    def _broken_span_rules(self, span: SpanAddress) -> Iterator[Complaint]:
+        if span.start == span.end:
             yield ("at",), "a span lies between two different submodules"
-        if start.count("*") != end.count("*"):
+        if span.start.count("*") != span.end.count("*"):
             yield ("at",), "both ends of a span have the same `*`: one span for each thing that they stand for"
         for name in sorted(self.model_fields_set - {"at", "kind", "key", "optional", "accelerator"}):
             yield (name,), "does not go with a span, which takes only at, kind, key, optional and accelerator"

@@ -22,6 +22,7 @@ from ...sites.binding import Binding
 from ...sites.memoised import MemoisedSite
 from ...sites.patch import Patch
 from ...spec import mini
+from ...spec.address import StageAddress
 from ...spec.model import Site, Spec
 from ...step_cache import StepCache
 from .. import verify
@@ -297,7 +298,7 @@ def _judge(result: Result, *, whole: bool) -> None:
         called = result.spec.label(site)
         if not record.equal or any(called in problem for problem in result.problems):
             continue
-        if site.at.startswith("pipeline:"):
+        if isinstance(site.address, StageAddress):
             record.notes["a method of the pipeline's stages; there is no pipeline here"] = None
         elif site.accelerator and not record.calls:
             record.notes["only where the model runs on an accelerator"] = None

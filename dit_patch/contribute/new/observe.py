@@ -19,6 +19,7 @@ from ...memo.store import Budget
 from ...sites import scope
 from ...sites.binding import Attribute, Binding
 from ...sites.memoised import MemoisedSite
+from ...spec.address import Address
 from ...spec.fingerprint import fingerprint
 from ...spec.model import Site, Spec
 from ..check import blocks, probe
@@ -86,8 +87,8 @@ def sites(
     latents = f"model.{next(iter(scope.parameters(model)), '')}"
     found: list[Proposal] = []
     for patch in patches:
-        path = patch.site.at.rpartition(".")[0]
-        if any(path.startswith(f"{each.at.rpartition('.')[0]}.") for each in found):
+        path = patch.site.address.path
+        if any(path.startswith(f"{Address.parse(each.at).path}.") for each in found):
             continue
         [calls] = recorded[patch.site.at]
         lent = [name for name in causes.get(patch.site.at, ()) if name.startswith("model.")]

@@ -13,6 +13,7 @@ import torch
 
 from ...sites import layers
 from ...sites.inner_functions import Locals
+from ...spec.address import GlobalAddress
 from ...spec.fingerprint import fingerprint
 from ...spec.registry import Registry
 from .observe import Proposal
@@ -45,14 +46,14 @@ def sites(model: torch.nn.Module, arguments: Mapping[str, Any]) -> list[Proposal
     ]
 
 
-def _known() -> tuple[dict[str, str], set[str]]:
+def _known() -> tuple[dict[str, str], set[GlobalAddress]]:
     """By the fingerprint of an original what replaces it; and the addresses of those that are globals."""
     sites = [site for spec in Registry(plugins=False) for site in spec.sites if site.kind == "rotary" and site.use]
-    places = {site.at for site in sites if ":" in site.at and "<locals>" not in site.at}
+    places = {site.address for site in sites if isinstance(site.address, GlobalAddress)}
     return {source: site.use for site in sites for source in site.source}, places
 
 
-def _functions(model: torch.nn.Module, places: set[str]) -> Iterator[tuple[str, Any, str]]:
+def _functions(model: torch.nn.Module, places: set[GlobalAddress]) -> Iterator[tuple[str, Any, str]]:
     """What the modules that define the model's parts have: their functions, and those inside the classes' methods.
 
     And those at `places`, which are imported where they are called.
@@ -67,10 +68,10 @@ def _functions(model: torch.nn.Module, places: set[str]) -> Iterator[tuple[str, 
                 yield f"{module.__name__}:{name}", module, name
             elif isinstance(value, type) and value.__module__ == module.__name__:
                 yield from _inside(module, value)
-    for place, _, name in (at.partition(":") for at in sorted(places)):
-        module = sys.modules.get(place)
-        if place not in modules and isinstance(vars(module).get(name) if module else None, FunctionType):
-            yield f"{place}:{name}", module, name
+    for place in sorted(places, key=str):
+        module = sys.modules.get(place.module)
+        if place.module not in modules and isinstance(vars(module).get(place.name) if module else None, FunctionType):
+            yield str(place), module, place.name
 
 
 def _inside(module: ModuleType, cls: type) -> Iterator[tuple[str, Any, str]]:
