@@ -111,15 +111,12 @@ class PatchedModel:
             self.findings[site.at] = finding
 
     def _warn_of_own_forward(self) -> None:
-        expected = (FindingKind.ABSENT, FindingKind.ABSENT_STAGE)
-        left_out = [at for at, found in self.findings.items() if at not in self.sites and found.kind not in expected]
+        absent = (FindingKind.ABSENT, FindingKind.ABSENT_STAGE)
+        left_out = [at for at, found in self.findings.items() if at not in self.sites and found.kind not in absent]
         if left_out:
             classes = " or ".join(name.rpartition(".")[2] for name in self.spec.classes)
-            detail = (
-                f"{type(self.model).__name__} has a forward of its own, other than that of {classes}, for which "
-                f"{self.spec.name} was written; left alone: {', '.join(left_out)}."
-            )
-            warn(Finding(FindingKind.OWN_FORWARD, detail=detail), stacklevel=5)
+            detail = f"{classes}, for which {self.spec.name} was written; left alone: {', '.join(left_out)}"
+            warn(Finding(FindingKind.OWN_FORWARD, type(self.model).__name__, detail), stacklevel=6)
 
     def _on_forward_start(self, frame: Frame) -> None:
         self.was_called = True
@@ -137,7 +134,7 @@ class PatchedModel:
             self.step_cache.saw_forward()
         for finding in self._reach.findings(frame):
             self.findings[finding.site] = finding
-            if finding.kind.value.warning is not None:
+            if finding.kind.warning is not None:
                 warn(finding, stacklevel=2)
 
     def _end_spans(self, original, instance, args, kwargs):

@@ -102,17 +102,14 @@ def check_versions(spec: Spec, strict: bool) -> None:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            problem, otherwise = f"{spec.name} needs {line}, which is not installed: pip install '{line}'", ""
+            problem, remedy = f"{line}, which is not installed: pip install '{line}'", ""
         else:
             if requirement.specifier.contains(version, prereleases=True):
                 continue
-            problem, otherwise = (
-                f"{spec.name} needs {line}; {version} is installed.",
-                " Pass strict=False to try anyway.",
-            )
+            problem, remedy = f"{line}; {version} is installed.", " Pass strict=False to try anyway."
         if strict:
-            raise VersionError(problem + otherwise)
-        warn(Finding(FindingKind.OTHER_VERSION, detail=problem), stacklevel=3)
+            raise VersionError(f"{spec.name} needs {problem}{remedy}")
+        warn(Finding(FindingKind.OTHER_VERSION, spec.name, problem), stacklevel=3)
 
 
 def _known(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:

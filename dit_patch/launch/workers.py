@@ -301,8 +301,8 @@ def _ask(executor: Any, act: Callable, *args: Any) -> list[_Answer]:
             "the workers gave the answer to another call; was a generation running in another thread?\n"
             "    Make a new generator, and let one call end before the next."
         )
-    for line in _by_rank((said, answer.rank) for answer in answers for said in answer.warnings):
-        warn(Finding(FindingKind.IN_WORKER, detail=line), stacklevel=4)
+    for ranks, warning in _by_rank((warning, answer.rank) for answer in answers for warning in answer.warnings):
+        warn(Finding(FindingKind.IN_WORKER, ranks, warning), stacklevel=4)
     return answers
 
 
@@ -311,23 +311,26 @@ def _shut_down(what: str) -> str:
 
 
 def _error(answers: Sequence[_Answer]) -> DitPatchError:
-    """The first worker's error, with the messages of all."""
+    """Return the first worker's error, with the messages of all."""
     failed = [answer for answer in answers if answer.failure]
     first = failed[0].failure
-    error = getattr(errors, first.kind, DitPatchError)(
-        "\n".join(_by_rank((answer.failure.message, answer.rank) for answer in failed))
-    )
+    messages = _by_rank((answer.failure.message, answer.rank) for answer in failed)
+    error_class = getattr(errors, first.kind, DitPatchError)
+    error = error_class("\n".join(f"{ranks}: {message}" for ranks, message in messages))
     if not first.kind:
         error.__cause__ = RemoteTraceback(first.trace)
     return error
 
 
-def _by_rank(said: Iterable[tuple[str, int]]) -> list[str]:
-    """A line for each different thing said, with the ranks that say it."""
-    by: dict[str, dict[int, None]] = {}
-    for words, rank in said:
-        by.setdefault(words, {})[rank] = None
-    return [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {words}" for words, ranks in by.items()]
+def _by_rank(messages: Iterable[tuple[str, int]]) -> list[tuple[str, str]]:
+    """Pair each different message with the ranks that it comes from, in words; of (message, rank) pairs."""
+    ranks_of: dict[str, dict[int, None]] = {}
+    for message, rank in messages:
+        ranks_of.setdefault(message, {})[rank] = None
+    return [
+        (f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}", message)
+        for message, ranks in ranks_of.items()
+    ]
 
 
 register(is_remote, apply_in_workers)
