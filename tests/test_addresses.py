@@ -60,7 +60,7 @@ class Model(torch.nn.Module):
     assert counts(handle, "forward:shift") == (2, 1, {})
 
 
-def test_a_subclass_in_another_module_that_inherits_forward_uses_its_parent_s_globals(patched):
+def test_a_subclass_that_inherits_forward_uses_its_parent_s_globals(patched):
     cls = type("Inheriting", (toys.Toy,), {"__module__": "toys", "__qualname__": "Child"})
     model, plain, handle = patched("- {at: 'forward:shift', kind: rotary, key: {x: [values]}}", cls=cls)
     agree(model, plain, toys.inputs(), toys.inputs())
@@ -159,6 +159,6 @@ def test_an_optional_site_that_is_not_there_is_reported_and_the_others_work(patc
     assert "not in this model" in str(handle)
 
 
-def test_an_optional_site_that_is_there_with_a_wrong_argument_is_an_error_all_the_same(patched):
+def test_an_optional_site_with_a_wrong_argument_is_an_error(patched):
     with pytest.raises(SiteError, match="it has no parameter `nothing`"):
         patched("- {at: table.forward, kind: rope, optional: true, key: {nothing: [shape]}}")

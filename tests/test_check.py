@@ -147,7 +147,7 @@ def test_a_tensor_that_the_key_does_not_mention_is_named(check):
     assert "`caption` is a tensor, and `key` does not say what of it counts" in out
 
 
-def test_weights_of_another_module_that_an_argument_was_computed_with_have_to_be_read(check):
+def test_weights_that_an_argument_was_computed_with_have_to_be_read(check):
     status, out = check(lambda spec: site(spec, "condition_embedder.time_proj.forward").pop("reads"))
     assert status == 1
     [problem] = problems(out)

@@ -100,11 +100,11 @@ class TestACopy:
         original.remove()
 
 
-def test_a_pickle_needs_no_dit_patch_where_it_is_read(each, tmp_path):
-    calls = each.calls()
-    each.apply()
-    outputs = verify.run(each.model, calls)
-    torch.save({"model": each.model, "calls": calls, "outputs": outputs}, tmp_path / "saved.pt")
+def test_a_pickle_needs_no_dit_patch_where_it_is_read(hunyuan, tmp_path):
+    calls = hunyuan.calls()
+    hunyuan.apply()
+    outputs = verify.run(hunyuan.model, calls)
+    torch.save({"model": hunyuan.model, "calls": calls, "outputs": outputs}, tmp_path / "saved.pt")
     program = """
 import sys
 sys.modules["dit_patch"] = None

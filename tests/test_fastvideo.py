@@ -47,7 +47,7 @@ def counts(handle, at):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_what_a_first_call_under_inference_mode_leaves_can_be_used_without_and_in_training(tiny, name):
+def test_what_inference_mode_leaves_can_be_used_outside_and_in_training(tiny, name):
     each = tiny(name)
     calls = each.calls()
     handle = each.apply()

@@ -446,7 +446,7 @@ def test_bfloat16_without_autocast(name, patch):
     assert not bypassed(handle) and hits(handle) > 10
 
 
-def test_under_inference_mode_what_depends_on_inputs_without_a_version_is_computed_each_time(patch):
+def test_under_inference_mode_inputs_without_a_version_are_not_keyed_on(patch):
     tiny = make("wan")
     handle = patch(tiny.pipeline)
     with torch.inference_mode():

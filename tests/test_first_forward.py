@@ -392,7 +392,7 @@ def steps_of(handle):
 
 
 @pytest.mark.parametrize("experts", [False, True])
-def test_a_step_cache_does_in_its_first_generation_what_it_does_when_switched_on_before(watched_wan, experts):
+def test_a_step_cache_skips_in_its_first_generation_as_if_switched_on_before(watched_wan, experts):
     pytest.importorskip("cache_dit", reason="needs cache-dit")
     pytest.importorskip("transformers")
     before = tiny_wan(experts)

@@ -194,7 +194,7 @@ def test_fastvideo_s_embeddings_are_the_original_s_in_every_bit(fastvideo_embedd
         assert same(ours, fastvideo_embedding(*args, **kwargs))
 
 
-def test_fastvideo_s_table_is_built_once_and_holds_numbers_under_a_meta_default_device(fastvideo_embedding):
+def test_fastvideo_s_table_holds_numbers_under_a_meta_default_device(fastvideo_embedding):
     sinusoid._periods.cache_clear()
     t = torch.tensor([3.0, 5.0])
     expected = fastvideo_embedding(t, 64)

@@ -244,7 +244,7 @@ def test_weights_made_in_inference_mode_cannot_be_followed():
         state(module).epoch()
 
 
-def test_replaced_weights_are_let_go_at_once_and_those_of_a_replaced_module_at_the_next_look():
+def test_replaced_weights_are_let_go_at_once_those_of_a_module_at_the_next_look():
     module = Both()
     watched = state(module)
     with torch.no_grad():

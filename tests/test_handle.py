@@ -410,7 +410,7 @@ def versioned(tmp_path, model, *requires, **options):
     return toys.patch(model, tmp_path, "- {at: table.forward, kind: rope, key: {x: [shape]}}", head=head, **options)
 
 
-def test_a_version_that_the_spec_was_not_verified_with_is_refused_unless_told_otherwise(tmp_path, model):
+def test_an_unverified_version_is_refused_when_strict(tmp_path, model):
     before = toys.snapshot(model)
     with pytest.raises(VersionError) as caught:
         versioned(tmp_path, model, "torch<2")
@@ -418,6 +418,9 @@ def test_a_version_that_the_spec_was_not_verified_with_is_refused_unless_told_ot
         f"toy needs torch<2; {dit_patch_version('torch')} is installed. Pass strict=False to try anyway."
     )
     assert toys.same_snapshot(before, toys.snapshot(model))
+
+
+def test_an_unverified_version_is_warned_of_when_not_strict(tmp_path, model):
     with pytest.warns(UserWarning, match=r"dit_patch: toy needs torch<2; .* is installed"):
         versioned(tmp_path, model, "torch<2", strict=False).remove()
 

@@ -42,7 +42,7 @@ def test_one_is_replaced_and_the_others_are_not():
     assert inside(3.0) == before
 
 
-def test_one_that_uses_variables_of_the_outer_function_or_shares_its_name_is_not_among_them():
+def test_closures_and_functions_that_share_a_name_are_not_found():
     assert "uses" not in vars(Locals(inside)) and "<lambda>" not in vars(Locals(inside))
     with pytest.raises(AttributeError, match="'uses'"):
         Locals(inside).uses = doubled

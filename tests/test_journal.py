@@ -267,7 +267,7 @@ def test_a_report_is_printed_or_written_as_text(tmp_path, specs):
     assert "table.forward" in (tmp_path / "report.txt").read_text()
 
 
-def test_a_program_that_fails_has_its_report_and_one_that_cannot_be_written_is_printed(tmp_path, specs):
+def test_a_failing_program_has_its_report_and_an_unwritable_one_is_printed(tmp_path, specs):
     done, [document] = program(tmp_path, specs, "steps(3)\nraise KeyError('mine')")
     assert done.returncode == 1 and document["uncaught"] == "KeyError: 'mine'" and hits(document) == 2
     done, _ = program(tmp_path, specs, "steps(3)", report="nowhere/report.json")

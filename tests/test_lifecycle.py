@@ -46,7 +46,7 @@ def test_weights_that_change_are_noticed(wan):
     assert torch.equal(after, outputs(wan.plain, calls)) and not torch.equal(after, before)
 
 
-def test_a_patch_that_somebody_has_overwritten_is_told_and_put_back_by_applying_again(wan):
+def test_a_patch_that_was_overwritten_is_told_and_put_back_by_applying_again(wan):
     original = wan.model.rope.forward
     with dit_patch.apply(wan.model) as handle:
         wan.model.rope.forward = original

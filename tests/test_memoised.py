@@ -191,7 +191,7 @@ def test_a_star_in_reads_is_what_it_is_in_the_address(patched):
 # A key that is too coarse, or a result that is written into.
 
 
-def test_a_key_that_is_too_coarse_switches_the_site_off_and_the_right_result_is_returned(patched):
+def test_a_key_that_is_too_coarse_switches_the_site_off(patched):
     model, plain, handle = patched("- {at: time.forward, kind: timestep, key: {t: [shape]}}")
     first, second = toys.inputs(), toys.inputs() | {"t": torch.tensor([7.0, 9.0])}
     agree(model, plain, first)
@@ -280,7 +280,7 @@ def test_sites_share_the_budget(patched):
 BIND = "- {at: prepare_mask, kind: mask, bind: {window: model.window}}"
 
 
-def test_an_override_that_upstream_ignores_is_passed_on_only_when_fixes_are_asked_for(patched):
+def test_an_override_that_upstream_ignores_is_passed_on_only_with_fixes(patched):
     model, plain, _ = patched(BIND)
     agree(model, plain, toys.inputs() | {"window": 3})
     fixed, _, handle = patched(BIND, fixes=True)

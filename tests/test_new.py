@@ -86,7 +86,7 @@ def test_what_repeats_in_other_models_is_proposed_and_equal(name, sites, blocks,
     assert cli.main(["check", str(file)]) == 0, capsys.readouterr().out
 
 
-def test_keys_go_by_what_results_change_with_and_not_by_what_happens_to_change_beside_it():
+def test_keys_name_what_results_change_with_and_nothing_beside_it():
     flux = {each.at: each for each in drafted("flux.FluxTransformer2DModel").sites}
     sizes = ["shape", "dtype", "device"]
     # Prompts, too, are new in each generation.
@@ -104,7 +104,7 @@ def test_weights_that_an_argument_was_computed_with_are_proposed_to_be_read():
     assert proposed.reads == ("condition_embedder.time_embedder",)
 
 
-def test_where_the_guess_does_not_run_the_file_says_why_and_goes_on_from_a_mended_mini(tmp_path, capsys):
+def test_a_guess_that_does_not_run_says_why_and_goes_on_from_a_mended_mini(tmp_path, capsys):
     vace = PLACE.format("wan_vace.WanVACETransformer3DModel")
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     status, _, err = new(vace, "--out", first, capsys=capsys)

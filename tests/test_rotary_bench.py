@@ -93,7 +93,7 @@ def test_exact_is_said_of_equal_bits_only(case):
     assert rows[CLONE].exact == "-"
 
 
-def test_a_zero_of_the_other_sign_and_a_result_of_another_dtype_are_not_the_same_bits():
+def test_other_signs_of_zero_and_other_dtypes_are_not_the_same_bits():
     zeros = torch.zeros(4)
     assert timing.differing([-zeros], [zeros]) == 1
     assert timing.differing([zeros.half()], [zeros]) == 1

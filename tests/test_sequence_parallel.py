@@ -58,7 +58,7 @@ def misses(rank, before, after):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_rank_does_with_patches_what_it_does_without_and_again_when_they_are_gone(reports, name):
+def test_each_rank_computes_the_same_with_patches_and_after_removal(reports, name):
     for rank in (*reports[name].ranks, reports[name].alone):
         assert rank["patched"] == rank["plain"]
         assert rank["removed"] == rank["plain"][: len(rank["removed"])]

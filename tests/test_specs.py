@@ -189,13 +189,13 @@ def expect_changes_to_count(name, changes):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_weights_that_change_between_generations_count_even_with_the_same_inputs(name):
+def test_weights_that_change_between_generations_count(name):
     expect_changes_to_count(name, [edit_weights, replace_weights, load, cast])
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.filterwarnings("ignore:::peft", "ignore:::diffusers")
-def test_lora_that_comes_and_goes_between_generations_counts_even_with_the_same_inputs(name):
+def test_lora_that_comes_and_goes_between_generations_counts(name):
     pytest.importorskip("peft")
     model, _ = build(name)
     if not hasattr(model, "add_adapter"):

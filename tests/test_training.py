@@ -189,7 +189,7 @@ class TestInferenceMode:
             wan.model(**wan.calls()[0])
             assert not any(table.is_inference() for table in wan.model.rope(wan.calls()[0]["hidden_states"]))
 
-    def test_sites_with_weights_made_in_it_are_passed_through_since_edits_would_go_unseen(self, each):
+    def test_sites_whose_weights_were_made_in_it_are_passed_through(self, each):
         calls = each.calls()
         each.apply()
         with torch.inference_mode():
