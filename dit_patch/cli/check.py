@@ -10,14 +10,14 @@ from ..launch.flags import add_spec_arguments
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC", help="a YAML file, or a name such as diffusers/wan")
-    of = parser.add_mutually_exclusive_group()
-    of.add_argument(
+    subject = parser.add_mutually_exclusive_group()
+    subject.add_argument(
         "--model",
         type=Path,
         metavar="PATH",
         help="try it on the weights in this folder (a saved model or pipeline) rather than on the spec's mini",
     )
-    of.add_argument(
+    subject.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
@@ -38,7 +38,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..contribute.check import cases, trial
+    from ..contribute.check import cases
+    from ..contribute.check.text import result_text
+    from ..contribute.check.trial import try_spec
     from ..pipelines import loading
     from ..spec.registry import Registry
     from ..upstream.verbosity import quiet_upstream
@@ -57,6 +59,6 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # minis are too small to share
     print(f"{spec.name}  ({spec.path})\n{', '.join(name.rpartition('.')[2] for name in spec.classes)}\n")
     with quiet_upstream():
-        result = trial.run(spec, subjects, device=device)
-    print(f"\n{trial.text(result)}")
+        result = try_spec(spec, subjects, device=device)
+    print(f"\n{result_text(result)}")
     return 1 if result.problems else 0

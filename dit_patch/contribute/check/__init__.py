@@ -1,5 +1,11 @@
-"""`dit-patch check`: a spec tried on the real class that it names, and everything that is wrong with it, by name.
+"""`dit-patch check`: try a spec on the real class that it names, and name everything that is wrong with it.
 
-`cases` are the models to try it on, `probe` what the sites of an unpatched one are called with and give, `blocks` what
-its transformer blocks take and return, `trial` the whole of it.
+    result = try_spec(spec, cases.minis(spec))
+    print(result_text(result))
+
+`cases` builds the models to try a spec on.
+`probe` records what the sites of an unpatched model are called with and return, and tests their keys on that.
+`blocks` finds the forward pattern that the transformer blocks follow.
+`trial` runs the models patched and unpatched.
+`results` holds what came of it as values; `judge` draws conclusions from them, `text` puts them into words.
 """

@@ -1,4 +1,4 @@
-"""A spec tried on models, patched against unpatched: what its sites did, and what is wrong with it."""
+"""Try a spec on models, patched against unpatched, and record what its sites do and what is wrong."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from math import isfinite
 
 import torch
 
@@ -22,58 +20,31 @@ from ...sites.binding import Binding
 from ...sites.memoised import MemoisedSite
 from ...sites.patch import Patch
 from ...spec import mini
-from ...spec.address import StageAddress
 from ...spec.model import Site, Spec
 from ...step_cache import StepCache
 from .. import verify
 from . import blocks, probe
 from .cases import Subject
+from .judge import judge
+from .results import Problem, ProblemKind, Result, SiteRecord
+from .text import yes_or_no
 
 STEPS, TURNS, BYTES = 3, 3, 1 << 30
-_COARSE = ": its key is too coarse"
 
 
-@dataclass
-class SiteRecord:
-    """What one site did in all trials together; `seconds` is the shortest time of computing one result."""
-
-    site: Site
-    calls: int = 0
-    hits: int = 0
-    seconds: float = float("inf")
-    equal: bool = True
-    present: bool = False
-    finer: str | None = None
-    too_coarse: bool = False
-    unreached: dict[str, None] = field(default_factory=dict)
-    bypassed: dict[str, None] = field(default_factory=dict)
-    notes: dict[str, None] = field(default_factory=dict)
-
-
-@dataclass
-class Result:
-    """What came of it: a record per site, a line per trial, and everything that is wrong."""
-
-    spec: Spec
-    sites: dict[str, SiteRecord]
-    trials: list[str] = field(default_factory=list)
-    problems: dict[str, None] = field(default_factory=dict)
-    notes: dict[str, None] = field(default_factory=dict)
-
-
-def run(
+def try_spec(
     spec: Spec, subjects: Sequence[Subject], *, device: torch.device | str = "cpu", say: Callable[[str], None] = print
 ) -> Result:
-    """Try the spec on each subject in each of its dtypes."""
-    result = Result(spec, {site.at: SiteRecord(site) for site in spec.sites})
+    """Try the spec on each subject in each of its dtypes; `say` is called with a line for each."""
+    result = Result.empty(spec)
     try:
         check_versions(spec, strict=True)
         mini.model_class(spec)
     except VersionError as error:
-        result.problems[str(error)] = None
+        result.add_message(str(error))
         return result
     except ImportError as error:
-        result.problems[f"{spec.position('model')}: {error}"] = None
+        result.add_message(f"{spec.position('model')}: {error}")
         return result
     for subject in subjects:
         for dtype in subject.dtypes:
@@ -81,65 +52,65 @@ def run(
             if line is not None:
                 result.trials.append(line)
                 say(line)
-    _judge(result, whole=all(subject.own for subject in subjects))
+    judge(result, has_all_minis=all(subject.own for subject in subjects))
     return result
 
 
 class _Trial:
-    """One subject in one dtype."""
+    """The trial of one subject in one dtype."""
 
     def __init__(self, result: Result, subject: Subject, dtype: torch.dtype, device: torch.device | str) -> None:
         self.result, self.subject, self.dtype, self.device = result, subject, dtype, device
         self.spec = result.spec
-        self.finer: dict[str, str] = {}
-        self.where = f"{subject.name}, {str(dtype).removeprefix('torch.')}"
+        self.coarser_keys: dict[str, str] = {}  # by the addresses of sites whose own key is new at each step
+        self.name = f"{subject.name}, {str(dtype).removeprefix('torch.')}"
 
     def run(self) -> str | None:
-        """What came of it, in a line; None where the model cannot be had at all, which is a problem."""
+        """Run the trial; return its line, or None where the model cannot be built at all, which is a problem."""
         try:
             model = self.subject.build(self.spec, self.dtype, self.device)
             case, options = self.subject.case, {"dtype": self.dtype, "device": self.device}
             forwards, moments = probe.generations(case, STEPS, **options)
             single = list(mini.forwards(case, case.sizes[0], steps=STEPS, passes=mini.PASSES[:1], **options))
-            with self._around():
+            with self._autocast():
                 plain = verify.run(model, forwards)
         except DitPatchError as error:
-            return self._problem(f"{self.subject.name}: {error}")
+            return self.result.add(Problem(ProblemKind.NOT_BUILT, subject=self.subject.name, detail=str(error)))
         except Exception as error:  # of the model's own, whatever it is
-            what = f"the unpatched model cannot be built or called so: {type(error).__name__}: {error}"
+            detail = f"{type(error).__name__}: {error}"
             if self.dtype is self.subject.dtypes[0]:
-                return self._problem(f"{self.subject.name}: {what}")
-            return f"{self.where:<34}  not tried: {what}"
+                return self.result.add(Problem(ProblemKind.NOT_CALLABLE, subject=self.subject.name, detail=detail))
+            return f"{self.name:<34}  not tried: the unpatched model cannot be built or called so: {detail}"
         spec, patches = self._bind(model)
-        with self._around():
+        with self._autocast():
             self._probe(model, patches, forwards, moments)
-            wrong = blocks.problems(model, self.spec, mini.repeat(forwards))
-            for problem in wrong:
-                self._problem(problem)
+            block_problems = blocks.problems(model, self.spec, mini.repeat(forwards))
+            for problem in block_problems:
+                self.result.add_message(problem)
             equal = self._patched(model, spec, forwards, plain, "always", steps=len(set(moments)))
             equal = self._patched(model, spec, forwards, plain, "first") and equal
             equal = self._patched(model, spec, single, verify.run(model, single), "first") and equal
-            said = [f"{len(forwards)} forwards", f"equal: {_yes(equal)}"]
+            columns = [f"{len(forwards)} forwards", f"equal: {yes_or_no(equal)}"]
             if self.dtype is self.subject.dtypes[0]:
-                said += self._times(model, spec, forwards)
-                said += self._stepped(model, forwards, plain) if not wrong else []
-        return f"{self.where:<34}  {'  '.join(said)}"
+                columns += self._times(model, spec, forwards)
+                columns += self._step_cached(model, forwards, plain) if not block_problems else []
+        return f"{self.name:<34}  {'  '.join(columns)}"
 
-    def _around(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager:
         return mini.autocast(self.spec, self.dtype, self.device)
 
     def _bind(self, model: torch.nn.Module) -> tuple[Spec, list[MemoisedSite]]:
-        """The spec without the sites that cannot be bound here, and the patches of the others."""
+        """Return the spec without the sites that cannot be bound here, and the memoised sites among the others."""
         good, patches = [], []
         binding = Binding.of(self.spec, model, Budget(BYTES))
         for site in self.spec.sites:
             record = self.result.sites[site.at]
             try:
-                with self._heard():
+                with self._warnings_as_problems():
                     made, note = bind(self.spec, site, binding, model)
             except SiteError as error:
                 record.equal = False
-                self._problem(str(error))
+                self.result.add_message(str(error))
                 continue
             if note is None or note.kind not in (FindingKind.ABSENT, FindingKind.ABSENT_STAGE):
                 record.present = True
@@ -153,60 +124,65 @@ class _Trial:
         calls = probe.record(model, self.spec, patches, mini.repeat(forwards), moments)
         for at, several in calls.items():
             site = self.result.sites[at].site
-            for own in several:
-                self._too_coarse(site, own)
+            for calls_of_one in several:
+                self._judge_key(site, calls_of_one)
         if self.dtype is self.subject.dtypes[0] and self.subject.weights is None:
             keys = {patch.site.at: patch.site.key for patch in patches}
             for at, causes in probe.uncounted(model, self.spec, patches, mini.repeat(forwards)[0], keys).items():
                 self._uncounted(self.result.sites[at], causes)
 
-    def _too_coarse(self, site: Site, calls: list[probe.Call]) -> None:
+    def _judge_key(self, site: Site, calls: list[probe.Call]) -> None:
+        """Record that the site's key is too coarse, or what coarser key would do."""
         found = probe.too_coarse(calls, site.key)
         if found is not None:
             one, other, finer = found
             record = self.result.sites[site.at]
             record.equal, record.too_coarse = False, True
             remedy = f"`{finer}` would tell them apart" if finer else "no one argument tells them apart; see `reads`"
-            self._problem(
-                f"{self.spec.label(site)}{_COARSE}: it takes the calls in forwards {one.forward} and "
-                f"{other.forward} of the {self.subject.name} for the same, and their results differ; {remedy}"
+            self.result.add(
+                Problem(
+                    ProblemKind.TOO_COARSE,
+                    site=self.result.label(record),
+                    subject=self.subject.name,
+                    detail=remedy,
+                    forward=one.forward,
+                    other_forward=other.forward,
+                )
             )
         elif (coarser := probe.too_fine(calls, site.key)) is not None:
-            self.finer[site.at] = coarser
+            self.coarser_keys[site.at] = coarser
 
     def _uncounted(self, record: SiteRecord, causes: list[str]) -> None:
+        """Record that the site's results change with these arguments and weights, and its key does not."""
         record.equal = False
-        where = f"{self.spec.label(record.site)}{_COARSE}"
+        label = self.result.label(record)
         arguments = [cause for cause in causes if cause.startswith("model.")]
         weights = [cause for cause in causes if cause not in arguments]
         if arguments and not record.too_coarse:
             record.too_coarse = True
             missing = ", ".join(f"{name}: [identity]" for name in arguments)
-            self._problem(f"{where}: its results change with arguments of the model that do not count: `{missing}`")
+            self.result.add(Problem(ProblemKind.MISSING_ARGUMENTS, site=label, detail=missing))
         if weights:
-            self._problem(
-                f"{where}: its arguments are computed with weights that do not count; "
-                f"`reads: [{', '.join(weights)}]` would have them counted"
-            )
+            self.result.add(Problem(ProblemKind.MISSING_WEIGHTS, site=label, detail=", ".join(weights)))
 
     def _patched(
         self, model: torch.nn.Module, spec: Spec, forwards: list[dict], plain: list, check: str, steps: int = 0
     ) -> bool:
-        """Whether the patched model gives the same; what its sites did is noted where every hit is computed again."""
+        """Return whether the patched model gives the same; with `check="always"` record what its sites did."""
         try:
-            with self._heard(), self._patch(model, spec, check) as handle:
+            with self._warnings_as_problems(), self._patch(model, spec, check) as handle:
                 ours = verify.run(model, forwards)
                 if check == "always":
-                    self._note(handle, steps)
+                    self._record(handle, steps)
         except DitPatchError as error:
-            self._problem(str(error))
+            self.result.add_message(str(error))
             return False
-        where = verify.first_difference(plain, ours)
-        if where is not None:
-            self._problem(f"{self.where}: forward {where} of the patched model differs from the unpatched one's")
-        return where is None
+        difference = verify.first_difference(plain, ours)
+        if difference is not None:
+            self.result.add(Problem(ProblemKind.OUTPUT_DIFFERS, subject=self.name, forward=difference))
+        return difference is None
 
-    def _note(self, handle: Handle, steps: int) -> None:
+    def _record(self, handle: Handle, steps: int) -> None:
         [patched] = handle.patched_models
         for row in handle.stats():
             record = self.result.sites[row.at]
@@ -214,24 +190,20 @@ class _Trial:
             if not calls and patched.sites.get(row.at):
                 record.unreached[self.subject.name] = None
             record.calls += calls
-            # Where it gets what another site has kept, only the patched model shows how often the key is new.
-            if row.at in self.finer and row.misses >= steps * row.targets:
-                record.finer = (
-                    "its key is finer than needed: it is a new one at each step, though the results repeat. For the "
-                    f"calls seen here this would do: {self.finer[row.at]}"
-                )
+            # Only the patched model shows how often the key of a site is new that gets another site's cached result.
+            if row.at in self.coarser_keys and row.misses >= steps * row.targets:
+                record.coarser_key = self.coarser_keys[row.at]
             record.hits += row.hits
             for site_patch in patched.sites.get(row.at, ()):
                 memo = site_patch.memo
                 record.seconds = min(record.seconds, memo.seconds)
-                unequal = _gave_way(site_patch)
-                if memo.off or unequal:
+                if memo.off or _lost_replacement(site_patch):
                     record.equal = False
             for reason in row.bypassed:
                 record.bypassed[f"bypassed: {reason}"] = None
 
     def _times(self, model: torch.nn.Module, spec: Spec, forwards: list[dict]) -> list[str]:
-        """Unpatched over patched time of all forwards, medians of turns side by side."""
+        """Return unpatched over patched time of all forwards, the medians of turns side by side, in words."""
         times: dict[bool, list[float]] = {True: [], False: []}
         with warnings.catch_warnings(), suppress(DitPatchError):
             warnings.simplefilter("ignore")
@@ -245,33 +217,33 @@ class _Trial:
             return []
         return [f"time unpatched / patched: {statistics.median(times[False]) / statistics.median(times[True]):.2f}"]
 
-    def _stepped(self, model: torch.nn.Module, forwards: list[dict], plain: list) -> list[str]:
-        """With a step cache that may skip nothing the model's own bits must come out, as with none."""
+    def _step_cached(self, model: torch.nn.Module, forwards: list[dict], plain: list) -> list[str]:
+        """Return in words whether a step cache that skips nothing leaves the model's bits; nothing if it has none."""
         rule = self.spec.step_cache
         if not self.spec.blocks or (rule is not None and not rule.supported) or find_spec("cache_dit") is None:
             return []
         if any(len(model.get_submodule(each.at)) < 2 for each in self.spec.blocks):
-            return []  # in this mini there is none to skip
+            return []  # this mini has no block to skip
         nothing = StepCache(fn=1, warmup=0, threshold=0.0, min_steps=0)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with self._patch(model, self.spec.model_copy(update={"sites": ()}), "first", nothing):
-                    where = verify.first_difference(plain, verify.run(model, forwards))
+                    difference = verify.first_difference(plain, verify.run(model, forwards))
         except StepCacheError as error:
-            self._problem(f"step cache: {error}")
+            self.result.add(Problem(ProblemKind.STEP_CACHE_REFUSED, detail=str(error)))
             return ["equal with a step cache that skips nothing: NO"]
-        if where is not None:
-            self._problem(f"{self.where}: forward {where} differs with a step cache that skips nothing")
-        return [f"equal with a step cache that skips nothing: {_yes(where is None)}"]
+        if difference is not None:
+            self.result.add(Problem(ProblemKind.STEP_CACHE_DIFFERS, subject=self.name, forward=difference))
+        return [f"equal with a step cache that skips nothing: {yes_or_no(difference is None)}"]
 
     def _patch(self, model: torch.nn.Module, spec: Spec, check: str, step_cache: StepCache | None = None) -> Handle:
         options = Options(max_bytes=BYTES, check=check, step_cache=step_cache)
         return patch(model, {"model": (model, spec)}, options)
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Whatever dit_patch warns of inside is a problem, once."""
+    def _warnings_as_problems(self) -> Iterator[None]:
+        """Turn every warning inside into a problem."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
@@ -280,74 +252,11 @@ class _Trial:
             if finding is None or finding.kind is FindingKind.UNREACHED or finding.kind is FindingKind.DISPLACED:
                 continue  # what is not reached is judged in the end
             # Where a key is too coarse, the probe has said so already, and what would help.
-            if finding.kind is not FindingKind.TOO_COARSE or finding.site not in self._coarse():
-                self._problem(finding.warning)
-
-    def _coarse(self) -> set[str]:
-        """Return the sites whose key is known to be too coarse, as findings name them."""
-        return {self.spec.label(each.site) for each in self.result.sites.values() if each.too_coarse}
-
-    def _problem(self, text: str) -> None:
-        self.result.problems[text] = None
+            if finding.kind is not FindingKind.TOO_COARSE or finding.site not in self.result.too_coarse_sites:
+                self.result.add_message(finding.warning)
 
 
-def _judge(result: Result, *, whole: bool) -> None:
-    """What can only be said when all trials are over. `whole`: the spec's minis were all tried."""
-    for record in result.sites.values():
-        site = record.site
-        called = result.spec.label(site)
-        if not record.equal or any(called in problem for problem in result.problems):
-            continue
-        if isinstance(site.address, StageAddress):
-            record.notes["a method of the pipeline's stages; there is no pipeline here"] = None
-        elif site.accelerator and not record.calls:
-            record.notes["only where the model runs on an accelerator"] = None
-        elif not record.present:
-            if whole:
-                result.problems[f"{called}: in none of the minis; is it misspelt, or a variant missing?"] = None
-        elif not record.calls:
-            if whole and not site.optional:
-                result.problems[f"{called}: is never reached: no forward of any mini calls it"] = None
-            else:
-                record.notes["not reached here"] = None
-        elif record.unreached and not site.optional:
-            where = ", ".join(record.unreached)
-            result.problems[f"{called}: is not reached in {where}; say `optional: true` if that is right"] = None
-        elif record.finer:
-            result.problems[f"{called}: {record.finer}"] = None
-        elif not record.hits:
-            result.problems[f"{called}: never hits: {_why(record)}"] = None
-
-
-def _gave_way(patch: Patch) -> bool:
-    """Return whether the site was to have a replacement, and calls the original."""
+def _lost_replacement(patch: Patch) -> bool:
+    """Return whether the site calls the original although its spec names a replacement."""
     replacement = getattr(patch, "replacement", None)
     return bool(patch.site.use) and (replacement is None or replacement.function is None)
-
-
-def _why(record: SiteRecord) -> str:
-    return "; ".join(record.bypassed) or "its results differ from call to call, and there is nothing to keep"
-
-
-def text(result: Result) -> str:
-    """The table of sites, where any trial came about, and the problems."""
-    count = len(result.problems)
-    lines = [*_table(result), ""] if result.trials else []
-    lines += [f"problem: {problem}" for problem in result.problems]
-    lines.append(f"{count} problem{'' if count == 1 else 's'}" if count else "no problems found")
-    return "\n".join(lines)
-
-
-def _table(result: Result) -> list[str]:
-    width = max((len(at) for at in result.sites), default=4)
-    lines = [f"  {'site':<{width}}  {'kind':<8}  {'calls':>6}  {'hits':>6}  {'equal':<5}  one result"]
-    for at, record in result.sites.items():
-        equal = "NO" if not record.equal else "yes" if record.hits else "-"
-        took = f"{record.seconds * 1e6:.0f} us" if isfinite(record.seconds) else "-"
-        lines.append(f"  {at:<{width}}  {record.site.kind:<8}  {record.calls:>6}  {record.hits:>6}  {equal:<5}  {took}")
-        lines += [f"  {'':<{width}}    {note}" for note in (*record.notes, *record.bypassed)]
-    return lines
-
-
-def _yes(equal: bool) -> str:
-    return "yes" if equal else "NO"
