@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from dit_patch import cli
-from dit_patch.bench import sites
+from dit_patch.bench import recorded_calls, surroundings
 from dit_patch.spec.registry import Registry
 
 
@@ -147,7 +147,7 @@ def test_bench_prints_a_table_and_writes_every_row_with_the_environment(tmp_path
 
 def test_bench_finds_out_the_calls_of_a_real_size_by_a_forward_up_to_the_first_block():
     spec = Registry(plugins=False).get("diffusers/wan")
-    model, arguments, calls = sites.real(spec, spec.bench_case("wan-2.1-1.3b-480p"), "cpu")
+    model, arguments, calls = recorded_calls.model_at_real_size(spec, spec.bench_case("wan-2.1-1.3b-480p"), "cpu")
     called = {call.site.at: call for call in calls}
     assert tuple(called["rope.forward"].args[0].shape) == (1, 16, 21, 60, 104)
     assert called["condition_embedder.text_embedder.forward"].args[0] is arguments["encoder_hidden_states"]
@@ -155,7 +155,7 @@ def test_bench_finds_out_the_calls_of_a_real_size_by_a_forward_up_to_the_first_b
 
 
 def test_bench_takes_a_library_for_all_its_specs():
-    names = [spec.name for spec in sites.choose(Registry(plugins=False), ["fastvideo", "diffusers/wan"])]
+    names = [spec.name for spec in surroundings.choose(Registry(plugins=False), ["fastvideo", "diffusers/wan"])]
     assert names[-1] == "diffusers/wan" and len(names) > 5 and all(each.startswith("fastvideo/") for each in names[:-1])
 
 

@@ -13,7 +13,7 @@ from conftest import skip_unless_installed
 
 from dit_patch import cli
 from dit_patch.bench import rotary
-from dit_patch.bench.rotary import cases, contestants, forwards, timing
+from dit_patch.bench.rotary import cases, contestants, forwards, operations, timing, verdict
 from dit_patch.bench.rotary.contestants import CLONE, COMPILE, CONTESTANTS, EAGER, FLASH, IN_PLACE, OURS, Contestant
 from dit_patch.bench.rotary.rows import Row
 from dit_patch.spec.registry import Registry
@@ -55,7 +55,7 @@ HALVES = replace(TINY, name="halves", make=problem_of_halves)
 
 
 def measured(case=TINY, ways=QUICK):
-    return {row.contestant: row for row in rotary.measure(case, CPU, 0.0, ways)}
+    return {row.contestant: row for row in operations.measure(case, CPU, 0.0, ways)}
 
 
 def wrong(problem):
@@ -139,9 +139,9 @@ def test_a_case_whose_library_lacks_the_function_is_skipped_in_one_row(error):
     def make(q, k):
         raise error
 
-    (missing,) = rotary.measure(replace(TINY, library="no-such-package", make=make), CPU, 0.0)
+    (missing,) = operations.measure(replace(TINY, library="no-such-package", make=make), CPU, 0.0)
     assert missing.note == "skipped: no-such-package is not installed"
-    (other,) = rotary.measure(replace(TINY, make=make), CPU, 0.0)
+    (other,) = operations.measure(replace(TINY, make=make), CPU, 0.0)
     assert other.note == f"skipped: torch {torch.__version__}: {error}"
 
 
@@ -185,20 +185,20 @@ def test_rotary_with_other_bits_is_status_1_and_the_threads_are_as_before(capsys
 
 
 def test_the_verdict_counts_cases_and_names_those_that_miss_it():
-    first, second = rotary._CPU_CASES
+    first, second = verdict.CPU_CASES
     times = {first: (9.0, 3.0, 3.1, 6.0), second: (9.0, 4.0, 3.0, 4.0), "qwen3": (9.0, 9.0, 9.0, 18.0)}
     rows = [
         Row("ops", case, contestant, us=us, of_clone=of_clone)
         for case, each in times.items()
         for contestant, us, of_clone in zip((EAGER, OURS, COMPILE, FLASH), each, (0.1, 0.8, 0.7, 0.4))
     ]
-    (eager,) = rotary._verdict(rows, CPU)
+    (eager,) = verdict.verdict_lines(rows, CPU)
     assert eager == f"  at least 3x as fast as eager at Wan 1.3B, 480p: 1 of 2 cases; not in {second} (2.25)"
-    bandwidth, compiled, flash = rotary._verdict(rows, torch.device("cuda"))
+    bandwidth, compiled, flash = verdict.verdict_lines(rows, torch.device("cuda"))
     assert bandwidth.endswith("bandwidth: 3 of 3 cases")
     assert compiled.endswith(f"2 of 3 cases; not in {second} (0.75)")
     assert flash.endswith(f"2 of 3 cases; not in {second} (1.00)")
-    assert all(line.endswith(": not measured") for line in rotary._verdict([], torch.device("cuda")))
+    assert all(line.endswith(": not measured") for line in verdict.verdict_lines([], torch.device("cuda")))
 
 
 def test_forwards_are_compared_without_the_sites_and_with_them(monkeypatch):
@@ -260,6 +260,6 @@ def test_on_a_gpu_the_ops_work_in_a_cuda_graph_and_beyond_32_bits():
 @pytest.mark.gpu
 def test_on_a_gpu_every_contestant_is_timed_and_its_memory_known():
     device = torch.device("cuda", 0)
-    rows = {row.contestant: row for row in rotary.measure(TINY, device, 0.0, QUICK)}
+    rows = {row.contestant: row for row in operations.measure(TINY, device, 0.0, QUICK)}
     assert rows[IN_PLACE].peak_bytes == 0 < rows[CLONE].peak_bytes
     assert rows[OURS].exact == rows[IN_PLACE].exact == "yes"

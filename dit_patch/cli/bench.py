@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     from ..bench import sites
 
     return sites.run(
-        parts=options.only or sites.PARTS,
+        parts=options.only,
         specs=options.specs,
         device=options.device,
         csv=options.csv,

@@ -15,7 +15,7 @@ import torch
 
 from ...sites.inner_functions import Locals
 from ...upstream import fastvideo_internals
-from ..sites import version
+from ..surroundings import version
 
 _GRID = (3, 22, 40)  # latent frames, height and width of a Matrix-Game 2 block, in tokens
 

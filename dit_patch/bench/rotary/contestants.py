@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...rotary import rotary, rotary_qk_
-from ..sites import version
+from ..surroundings import version
 from .cases import Problem
 
 EAGER, COMPILE, OURS, IN_PLACE, FLASH, CLONE = (

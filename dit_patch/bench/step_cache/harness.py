@@ -27,7 +27,7 @@ from ...spec.model import Spec
 from ...step_cache import guards
 from ...step_cache.config import StepCache
 from ...step_cache.live import Stepping
-from ..sites import environment, version
+from ..surroundings import environment, version
 
 BASELINE, AGAIN = "baseline", "baseline again"
 

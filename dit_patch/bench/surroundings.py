@@ -1,0 +1,51 @@
+"""What a benchmark is run on: the specs that were chosen, the hardware, and the versions of packages."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+
+from .. import __version__
+from ..spec.model import Spec
+from ..spec.registry import Registry
+
+
+def choose(registry: Registry, names: Sequence[str] | None) -> list[Spec]:
+    """Return the specs of these names or libraries ("fastvideo" for all of `fastvideo/...`); by default all installed.
+
+    Raises:
+        SpecError: a name is neither.
+    """
+    if not names:
+        return [spec for spec in registry if installed(spec)]
+    chosen: dict[str, Spec] = {}
+    for name in names:
+        below = [each for each in registry.names() if each.startswith(f"{name}/")]
+        chosen |= {each: registry.get(each) for each in below or (name,)}
+    return list(chosen.values())
+
+
+def installed(spec: Spec) -> bool:
+    """Return whether the packages that the spec needs are installed, in any version."""
+    return all(map(version, (Requirement(line).name for line in spec.requires)))
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return what a figure depends on besides the code: hardware and versions."""
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
+    packages = ("torch", "wrapt", "diffusers", "transformers", "fastvideo")
+    versions = {"dit-patch": __version__, **{name: found for name in packages if (found := version(name))}}
+    return {"device": name, "threads": str(torch.get_num_threads()), "python": platform.python_version(), **versions}
