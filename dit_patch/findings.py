@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import enum
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 _NOT_REACHED = "{site} was not reached in {detail}.forward; "
+
+
+def _of_step_cache(words: str) -> tuple[str, str]:
+    return words, "step cache of {site}: " + words
 
 
 @enum.unique
@@ -81,8 +86,25 @@ class FindingKind(enum.Enum):
         "inside another library's wrapper, and asleep there: {detail}. Calls are passed through, and remove() called "
         "again after that library's own removal leaves nothing behind.",
     )
-    STEP_CACHE = ("{detail}", "step cache of {site}: {detail}")
     IN_WORKER = (None, "{site}: {detail}")
+
+    # Of a step cache.
+    LEFT_UNCACHED = _of_step_cache("left uncached: {detail}")
+    NOTHING_CACHED = _of_step_cache("nothing cached: {detail}")
+    FORWARD_REPLACED = _of_step_cache(
+        "something replaced the model's forward after apply(), so nothing was cached; call apply() again"
+    )
+    COMPILED_LATER = _of_step_cache(
+        "it was compiled as a whole after apply(), and compiled code always runs all blocks: nothing will be cached. "
+        "Compile its blocks instead: model.compile_repeated_blocks()"
+    )
+    NO_MASK = _of_step_cache("{detail}; all are computed")
+    LITTLE_MEMORY = _of_step_cache("a step cache of two passes takes {detail}, more than is free")
+    LEFT_ALONE_IN_CAPTURE = "left alone while a CUDA graph is captured: a decision waits for the device"
+    LEFT_ALONE_BY_AUTOGRAD = "left alone while autograd records"
+    NOT_EQUAL_UNCACHED = "refused: not equal to the uncached model"
+    NOT_REPEATABLE = "the uncached model does not repeat itself bit for bit, so that nothing could be proved"
+    MEMORY = "will hold at most {detail} for each pass of this size"
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,10 @@ class Finding:
     def note(self) -> str:
         """What the report says below the row of the site; only of kinds that are noted."""
         return self.kind.note.format(site=self.site, detail=self.detail, count=self.count)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding as JSON can hold it."""
+        return {**asdict(self), "kind": self.kind.name.lower()}
 
     @property
     def warning(self) -> str:

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from dit_patch import StepCache, StepCacheError
+from dit_patch.findings import Finding, FindingKind
 from dit_patch.step_cache.config import KNOBS, PRESETS
 from dit_patch.step_cache.stats import StepStats, text, why_nothing
 
@@ -109,21 +110,22 @@ def test_memory_at_real_size():
 
 def test_why_nothing_was_cached():
     diffs = {9: 0.21, 10: 0.34, 11: 0.4}
-    said = why_nothing(StepCache(threshold=0.08), 12, diffs)
+    said = why_nothing(StepCache(threshold=0.08), 12, diffs).note
     assert "the smallest difference was 0.21, not below the threshold of 0.08" in said
     assert "0.212 would have cached a step, 0.343 about every second" in said
-    assert "max_cached is 0" in why_nothing(StepCache(max_cached=0), 12, diffs)
-    assert "within the warm-up of 8" in why_nothing(StepCache(), 8, {})
-    assert "the mask has all steps computed" in why_nothing(StepCache(mask="1" * 12), 12, {})
+    assert "max_cached is 0" in why_nothing(StepCache(max_cached=0), 12, diffs).note
+    assert "within the warm-up of 8" in why_nothing(StepCache(), 8, {}).note
+    assert "the mask has all steps computed" in why_nothing(StepCache(mask="1" * 12), 12, {}).note
 
 
 def test_the_reports_lines():
+    noticed = (Finding(FindingKind.LEFT_ALONE_BY_AUTOGRAD),)
     row = StepStats(
-        "transformer", "cond", "blocks", 30, 8, 0, 20, (8, 9, 10, 14, 19), {8: 0.05, 9: 0.07}, 3 << 20, ("so",)
+        "transformer", "cond", "blocks", 30, 8, 0, 20, (8, 9, 10, 14, 19), {8: 0.05, 9: 0.07}, 3 << 20, noticed
     )
     assert row.skipped == pytest.approx(5 * 22 / (20 * 30))
     first, second, note = text(StepCache.of("quality"), [row])
     assert first.startswith("step cache  FautoB0 W8 R0.08 taylorseer(1)") and "differs" in first
     assert "blocks F8B0 of 30  5 of 20 steps cached: 8-10, 14, 19  (18% of its blocks' calls)" in second
-    assert "held 3.00 MiB" in second and note == "    so"
+    assert "held 3.00 MiB" in second and note == "    left alone while autograd records"
     assert "nothing has run yet" in "\n".join(text(StepCache(), [StepStats("transformer", "", "blocks", 30, 8, 0)]))

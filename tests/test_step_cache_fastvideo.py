@@ -92,8 +92,8 @@ def test_experts_are_told_their_own_numbers_of_steps():
     with dit_patch.apply(tiny.pipeline, step_cache={**stepping.EAGER, "mask": "fast"}) as handle:
         told = {}
         for each in handle.step_caches:
-            begins = each._loops._begins
-            each._loops._begins = lambda steps, name=each.name, begins=begins: (
+            begins = each.tracker.listener.on_start
+            each.tracker.listener.on_start = lambda steps, name=each.name, begins=begins: (
                 told.__setitem__(name, steps),
                 begins(steps),
             )

@@ -161,9 +161,9 @@ def test_x_schedulers_of_second_order():
     for each in (pipeline, other):
         each.scheduler = FlowMatchHeunDiscreteScheduler()
     with dit_patch.apply(pipeline, step_cache=stepping.EAGER) as handle:
-        told, loops = [], handle.step_caches[0]._loops
-        begins = loops._begins
-        loops._begins = lambda steps: (told.append(steps), begins(steps))
+        told, loops = [], handle.step_caches[0].tracker.listener
+        begins = loops.on_start
+        loops.on_start = lambda steps: (told.append(steps), begins(steps))
         for steps in (6, 8, 6):
             made = stepping.latents(pipeline, steps)
             assert told[-1] == 2 * steps - 1
@@ -179,7 +179,7 @@ def test_x_two_experts_count_their_own_steps():
             rows = {row.model: row.steps for row in handle.step_stats()}
             assert sum(rows.values()) == steps and set(rows) == {"transformer", "transformer_2"}
             assert all(row.cached for row in handle.step_stats())
-            assert [stepping_._expected for stepping_ in handle.step_caches] == [None, None]
+            assert [step_cache.report.announced_steps for step_cache in handle.step_caches] == [None, None]
             assert torch.equal(made, stepping.once(other, {**stepping.EAGER, "mask": "fast"}, steps=steps))
 
 
@@ -187,14 +187,14 @@ def test_two_experts_each_told_how_many_steps_it_gets():
     pipeline = stepping.wan22(boundary_ratio=0.7)
     with dit_patch.apply(pipeline, step_cache=stepping.EAGER) as handle:
         told = {}
-        for stepping_ in handle.step_caches:
-            begins = stepping_.begins
+        for step_cache in handle.step_caches:
+            begins = step_cache.on_generation_start
 
-            def note(steps, name=stepping_.name, begins=begins):
+            def note(steps, name=step_cache.name, begins=begins):
                 told[name] = steps
                 begins(steps)
 
-            stepping_._loops._begins = note
+            step_cache.tracker.listener.on_start = note
         stepping.latents(pipeline, 20)
         assert told == {row.model: row.steps for row in handle.step_stats()}
 
@@ -526,7 +526,7 @@ def test_applied_to_the_model_and_then_to_its_pipeline(fresh):
     pipeline = stepping.wan()
     handle = dit_patch.apply(pipeline.transformer, step_cache=stepping.EAGER)
     assert dit_patch.apply(pipeline, step_cache=stepping.EAGER) is handle
-    assert handle.step_caches[0]._loops.heard
+    assert handle.step_caches[0].tracker.listener.hears_loops
     assert torch.equal(stepping.latents(pipeline), fresh())
     handle.remove()
     assert not {"progress_bar", "maybe_free_model_hooks"} & set(vars(pipeline))
@@ -538,7 +538,7 @@ def test_release_gives_the_memory_back_at_the_end_of_each_generation(wan, fresh)
             assert torch.equal(stepping.latents(wan), fresh())
             rows = handle.step_stats()
             assert all(row.nbytes == 0 and row.cached and row.steps == 10 for row in rows)
-            assert not any(gates.contexts for stepping_ in handle.step_caches for gates in stepping_.gates)
+            assert not any(gates.contexts for step_cache in handle.step_caches for gates in step_cache.block_lists)
 
 
 def test_a_callers_own_loop_around_the_pipelines_parts(fresh):

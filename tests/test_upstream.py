@@ -17,6 +17,7 @@ import dit_patch
 from dit_patch.rotary import rotary
 from dit_patch.upstream import (
     accelerate_internals,
+    cache_dit_internals,
     diffusers_internals,
     fastvideo_internals,
     peft_internals,
@@ -31,15 +32,24 @@ def module() -> torch.nn.Sequential:
 
 
 def test_every_fact_has_a_test():
-    tests = "".join(vars(TestTorch) | vars(TestAccelerate) | vars(TestDiffusers) | vars(TestPeft) | vars(TestFastVideo))
-    for library in (torch_internals, accelerate_internals, diffusers_internals, peft_internals, fastvideo_internals):
+    classes = (TestTorch, TestAccelerate, TestDiffusers, TestPeft, TestFastVideo, TestCacheDit)
+    tests = "".join(name for each in classes for name in vars(each))
+    libraries = (
+        torch_internals,
+        accelerate_internals,
+        diffusers_internals,
+        peft_internals,
+        fastvideo_internals,
+        cache_dit_internals,
+    )
+    for library in libraries:
         facts = [name for name, value in vars(library).items() if getattr(value, "__module__", "") == library.__name__]
         for fact in (*facts, *getattr(library, "__all__", ())):
             assert fact.startswith("_") or f"test_{fact}" in tests, f"{library.__name__}.{fact}"
 
 
 @pytest.mark.parametrize(
-    "name", ["torch._C", "torch._guards", "_cdata", "tensor._version", "_forward_hooks", "_modules"]
+    "name", ["torch._C", "torch._guards", "_cdata", "tensor._version", "_forward_hooks", "_modules", "_current_context"]
 )
 def test_private_names_are_nowhere_else(name):
     """But for what runs at every call of a site, and says there which fact it reads."""
@@ -519,3 +529,51 @@ def their_lora() -> torch.nn.Module:
     from fastvideo.layers.lora.linear import BaseLayerWithLoRA
 
     return BaseLayerWithLoRA(torch.nn.Linear(4, 4), lora_rank=2, lora_alpha=2)
+
+
+class TestCacheDit:
+    @pytest.fixture
+    def manager(self):
+        pytest.importorskip("cache_dit")
+        self.asked = []
+
+        def is_similar(theirs, before, now, *, threshold, **options):
+            self.asked.append(threshold)
+            return theirs(before, now, threshold=threshold, **options)
+
+        return cache_dit_internals.context_manager("test", is_similar)
+
+    @pytest.fixture
+    def context(self, manager):
+        from cache_dit.caching import DBCacheConfig
+
+        config = DBCacheConfig(
+            Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.5, max_warmup_steps=1
+        )
+        made = manager.new_context(name="pass", cache_config=config)
+        manager.set_context(made)
+        return made
+
+    def test_context_manager(self, manager, context):
+        for _ in range(3):
+            manager.mark_step_begin()
+            manager.can_cache(torch.ones(4), parallelized=False, prefix="blocks_Fn_residual")
+            manager.set_Fn_buffer(torch.ones(4), prefix="blocks_Fn_residual")
+        assert self.asked and set(self.asked) == {0.5}
+
+    def test_first_residual(self, manager):
+        owner = torch.nn.Module()
+        owner.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        residual = cache_dit_internals.first_residual(manager, owner, "blocks", 3, "test")
+        assert residual(torch.ones(1, 4), torch.full((1, 4), 3.0)).eq(2.0).all()
+
+    def test_leave_context(self, manager, context):
+        assert manager.get_context() is context
+        cache_dit_internals.leave_context(manager)
+        assert manager.get_context() is None
+
+    def test_held_bytes(self, manager, context):
+        empty = cache_dit_internals.held_bytes(context)
+        manager.mark_step_begin()
+        manager.set_Bn_buffer(torch.zeros(256), prefix="blocks_Bn_residual")
+        assert cache_dit_internals.held_bytes(context) == empty + 1024

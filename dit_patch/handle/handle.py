@@ -16,7 +16,7 @@ from ..report.rows import SiteStats
 from ..sites import layers
 from ..sites.scope import scope_of
 from ..spec.model import Spec
-from ..step_cache.live import Stepping
+from ..step_cache.model_step_cache import ModelStepCache
 from ..step_cache.stats import StepStats
 from .options import Options
 from .patched_model import PatchedModel
@@ -75,7 +75,7 @@ class Handle(ReportedHandle):
         There the step cache goes by the timesteps alone: they fall during a generation.
         """
         for step_cache in self.step_caches:
-            step_cache.begins(steps)
+            step_cache.on_generation_start(steps)
 
     def repair(self, target: Any = None) -> None:
         """Put back the patches that another library has displaced; in the stages of the pipeline `target`, too."""
@@ -90,7 +90,7 @@ class Handle(ReportedHandle):
         return {model.name: model.model for model in self.patched_models}
 
     @property
-    def step_caches(self) -> list[Stepping]:
+    def step_caches(self) -> list[ModelStepCache]:
         """The step caches of the patched models."""
         return [model.step_cache for model in self.patched_models if model.step_cache is not None]
 

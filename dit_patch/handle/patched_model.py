@@ -17,7 +17,7 @@ from ..sites.pipeline_models import find_stages
 from ..sites.scope import Frame, Scope
 from ..spec.address import StageAddress
 from ..spec.model import Site, Spec
-from ..step_cache.live import Stepping
+from ..step_cache.model_step_cache import ModelStepCache
 from .reach import Reach
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PatchedModel:
         #: What was noticed of a site, by its address.
         self.findings: dict[str, Finding] = {}
         self.scope: Scope | None = None
-        self.step_cache: Stepping | None = None
+        self.step_cache: ModelStepCache | None = None
         #: Whether the model has been called since.
         self.was_called = False
         self._binding = Binding.of(spec, model, handle.budget, handle.options.check, handle.options.fixes)
@@ -69,8 +69,8 @@ class PatchedModel:
         if any(patch.leaves_modes for patch in self.patches):
             self.handle.add_layer(layers.install(self.model, "forward", self._end_spans))
         if self.handle.options.step_cache is not None:
-            self.step_cache = Stepping(self.name, self.model, self.spec, target, self.handle.options.step_cache)
-            self.step_cache.install()
+            self.step_cache = ModelStepCache(self.name, self.model, self.spec, target, self.handle.options.step_cache)
+            self.step_cache.install(target)
 
     def repair(self, target: Any = None) -> None:
         """Put back what another library has displaced, and add what only `target`, the pipeline, has."""
@@ -131,7 +131,7 @@ class PatchedModel:
 
     def _on_forward_end(self, frame: Frame) -> None:
         if self.step_cache is not None:
-            self.step_cache.saw_forward()
+            self.step_cache.note_forward()
         for finding in self._reach.findings(frame):
             self.findings[finding.site] = finding
             if finding.kind.warning is not None:

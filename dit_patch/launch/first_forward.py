@@ -91,7 +91,7 @@ class FirstForward:
         self._is_decided = self._was_patched = False
         self._layers: list[layers.Wrapped] = []
         self._pass_name: str | None = None
-        self._steppings: list[Any] = []
+        self._step_caches: list[Any] = []
         self._hook = model.register_forward_pre_hook(Hook(self.before_forward, self), with_kwargs=True)
         if self._choice.options["step_cache"] is not None:
             self._layers.append(layers.install(model, "forward", self._wrap_forward, self))
@@ -146,9 +146,9 @@ class FirstForward:
         journal.note(name, PATCHED, NEVER_CALLED)
         journal.keep(handle, refreshing=True)
         if self._layers:
-            self._steppings = handle.step_caches
-            for stepping in self._steppings:
-                stepping.join(self._pass_name if stepping.model is model else None)
+            self._step_caches = handle.step_caches
+            for step_cache in self._step_caches:
+                step_cache.join(self._pass_name if step_cache.model is model else None)
         return True
 
     def _leave_alone(self, name: str, error: Exception) -> None:
@@ -177,9 +177,9 @@ class FirstForward:
             self._pass_name = None
             if self._is_decided:
                 layers.remove(self._layers[1])
-                for stepping in self._steppings:
-                    stepping.left()
-                self._steppings = []
+                for step_cache in self._step_caches:
+                    step_cache.leave_pass()
+                self._step_caches = []
 
 
 def _target(model: torch.nn.Module) -> Any:

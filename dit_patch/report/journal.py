@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from ..extras import installed_version
@@ -95,7 +94,7 @@ class Journal:
                 {
                     "removed": kept.is_removed,
                     "sites": [row.as_dict() for row in rows.sites],
-                    "steps": [{**asdict(row), "diffs": dict(row.diffs)} for row in rows.steps],
+                    "steps": [row.as_dict() for row in rows.steps],
                     "report": kept.text(rows),
                 }
             )

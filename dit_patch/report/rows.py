@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import Any
 
@@ -46,7 +46,7 @@ class SiteStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as JSON can hold it."""
-        findings = [{**asdict(each), "kind": each.kind.name.lower()} for each in self.findings]
+        findings = [each.as_dict() for each in self.findings]
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         return {**plain, "bypassed": dict(self.bypassed), "findings": findings, "notes": list(self.notes)}
 

@@ -1,8 +1,12 @@
 """Step caching: the middle blocks of a transformer skipped where a step changes little. It changes the output.
 
-`config` is what can be asked for, `guards` what it does not go with, `generations` when a generation begins and which
-pass is running, `gates` the block lists, `live` all of that on one model, `stats` what it did; `calibrate` finds a
-threshold, `harness` measures speed and quality side by side.
+    handle = dit_patch.apply(pipeline, step_cache="balanced")
+    handle.step_stats()
+
+`config` is what can be asked for, `guards` what it does not go with. `model_step_cache` is all of it on one model:
+`tracker` knows which generation and pass runs, from what `listener` hears and `passes` reads; `block_list` stands in
+for lists of blocks, whose arguments `block_pattern` knows; `cache_dit_config` tells cache-dit what was asked for,
+`ranks` which ranks must decide alike. `report` and `stats` say what it did.
 """
 
 from .config import PRESETS, StepCache

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import median
+from typing import Any
 
+from ..findings import Finding, FindingKind
+from ..spec.model import Spec
 from .config import StepCache
 
 
@@ -14,8 +17,8 @@ class StepStats:
     """One block list in one pass of the last generation.
 
     `steps` is how many steps ran, `cached` the numbers (from 0) of those whose middle blocks were skipped, `diffs` the
-    relative L1 difference that each step's decision went by, `nbytes` what is held now. `notes` says what there is to
-    say, among it why nothing was cached. Without a pass (`label` "") nothing has run yet.
+    relative L1 difference that each step's decision went by, `nbytes` what is held now. `findings` is what was noticed,
+    among it why nothing was cached, and `notes` the same in words. Without a pass (`label` "") nothing has run yet.
     """
 
     model: str
@@ -28,7 +31,18 @@ class StepStats:
     cached: tuple[int, ...] = ()
     diffs: Mapping[int, float] = field(default_factory=dict)
     nbytes: int = 0
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noticed, in words."""
+        return tuple(finding.note for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON can hold it."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        findings = [each.as_dict() for each in self.findings]
+        return {**plain, "diffs": dict(self.diffs), "findings": findings, "notes": list(self.notes)}
 
     @property
     def skipped(self) -> float:
@@ -38,21 +52,45 @@ class StepStats:
         return len(self.cached) * (self.count - self.fn - self.bn) / (self.steps * self.count)
 
 
-def why_nothing(config: StepCache, steps: int, diffs: Mapping[int, float]) -> str:
-    """Why no step of a pass was cached, and which threshold would have; `diffs` of each step to the one before."""
+def why_nothing(config: StepCache, steps: int, diffs: Mapping[int, float]) -> Finding:
+    """Return why no step of a pass was cached, and which threshold would have.
+
+    `diffs` are those of each step to the one before.
+    """
+    return Finding(FindingKind.NOTHING_CACHED, detail=_reason(config, steps, diffs))
+
+
+def too_few(config: StepCache, spec: Spec, steps: int | None) -> Finding | None:
+    """Return why a generation of so many steps is left alone; None if it is not, or if nobody said how many."""
+    if steps is None:
+        return None
+    least = config.min_steps
+    if least is None:
+        least = spec.step_cache.min_steps or 0
+    if steps < least:
+        return Finding(
+            FindingKind.LEFT_UNCACHED,
+            detail=f"{steps} steps are fewer than the {least} from which there is something to skip "
+            f"({spec.name}); min_steps= in the step cache sets another limit",
+        )
+    if steps <= config.warmup and config.warmup_interval == 1:
+        return Finding(FindingKind.LEFT_UNCACHED, detail=why_nothing(config, steps, {}).note)
+    return None
+
+
+def _reason(config: StepCache, steps: int, diffs: Mapping[int, float]) -> str:
     if config.max_cached == 0:
-        return "nothing cached: max_cached is 0"
+        return "max_cached is 0"
     if config.threshold <= 0:
-        return "nothing cached: the threshold is 0"
+        return "the threshold is 0"
     if steps <= config.warmup:
-        return f"nothing cached: {steps} steps, all within the warm-up of {config.warmup}; a smaller warmup= would"
+        return f"{steps} steps, all within the warm-up of {config.warmup}; a smaller warmup= would"
     found = measured(diffs)
     if not found:
-        return "nothing cached: the mask has all steps computed"
+        return "the mask has all steps computed"
     return (
-        f"nothing cached: the smallest difference was {found[0]:.3g}, not below the threshold of "
-        f"{config.threshold:g}; {_above(found[0])} would have cached a step, {_above(median(found))} about "
-        "every second"
+        f"the smallest difference was {found[0]:.3g}, not below the threshold of {config.threshold:g}; "
+        f"{_above(found[0])} would have cached a step, {_above(median(found))} about every second"
     )
 
 

@@ -8,7 +8,6 @@ it was seen.
 - `torch_internals`: versions and storages, a module's registries, modes, streams, capture, compiled modules, FSDP2.
 - `accelerate_internals`, `diffusers_internals`, `peft_internals`, `fastvideo_internals`: what their hooks, adapters
   and parallel models keep, and where.
+- `cache_dit_internals`: what drives its caching package block by block.
 - `verbosity`: keeps upstream's advice quiet while small models are built.
-
-cache-dit's names are in `step_cache`, the one room that uses that library.
 """

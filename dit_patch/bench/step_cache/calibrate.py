@@ -17,9 +17,9 @@ import torch
 from ...errors import StepCacheError, quote
 from ...pipelines import sampling
 from ...pipelines.quality import check_needed, likeness
+from ...step_cache.block_list import CachedBlockList
 from ...step_cache.config import StepCache
-from ...step_cache.gates import Gates
-from ...step_cache.live import Stepping
+from ...step_cache.model_step_cache import ModelStepCache
 
 SAMPLE = 1 << 16
 """Elements of a residual that are kept of each step; the mean over them is the decision's to about a percent."""
@@ -112,22 +112,22 @@ def calibrate(
 class Recorder:
     """What an uncached run leaves: of each block list and pass a sample of every residual, and the middle's seconds."""
 
-    def __init__(self, steppings: Sequence[Stepping]) -> None:
-        self.steps: dict[tuple[Gates, str], list[torch.Tensor]] = {}
-        self.seconds: dict[tuple[Gates, str], list[float]] = {}
-        self._steppings = {gates: stepping for stepping in steppings for gates in stepping.gates}
-        self._device = next(steppings[0].model.parameters()).device
-        for gates in self._steppings:
-            gates.observer = self
+    def __init__(self, step_caches: Sequence[ModelStepCache]) -> None:
+        self.steps: dict[tuple[CachedBlockList, str], list[torch.Tensor]] = {}
+        self.seconds: dict[tuple[CachedBlockList, str], list[float]] = {}
+        self._step_caches = {blocks: step_cache for step_cache in step_caches for blocks in step_cache.block_lists}
+        self._device = next(step_caches[0].model.parameters()).device
+        for blocks in self._step_caches:
+            blocks.observer = self
 
-    def middle_begins(self, gates: Gates, label: str, residual: torch.Tensor) -> None:
+    def middle_begins(self, blocks: CachedBlockList, label: str, residual: torch.Tensor) -> None:
         flat = residual.detach().flatten()
         stride = -(-flat.numel() // SAMPLE)
-        self.steps.setdefault((gates, label), []).append(flat[::stride].clone())
+        self.steps.setdefault((blocks, label), []).append(flat[::stride].clone())
         self._start = self._now()
 
-    def middle_ends(self, gates: Gates, label: str) -> None:
-        self.seconds.setdefault((gates, label), []).append(self._now() - self._start)
+    def middle_ends(self, blocks: CachedBlockList, label: str) -> None:
+        self.seconds.setdefault((blocks, label), []).append(self._now() - self._start)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -138,10 +138,10 @@ class Recorder:
         """With that threshold: steps cached, steps in all, and the seconds of the middle blocks that are saved."""
         cached = total = 0
         saved = 0.0
-        for (gates, label), residuals in self.steps.items():
-            skipped = self._steppings[gates].replay(gates, config, residuals)
+        for (blocks, label), residuals in self.steps.items():
+            skipped = self._step_caches[blocks].replay(blocks, config, residuals)
             cached, total = cached + len(skipped), total + len(residuals)
-            saved += sum(self.seconds[gates, label][step] for step in skipped)
+            saved += sum(self.seconds[blocks, label][step] for step in skipped)
         return cached, total, saved
 
 
@@ -175,8 +175,8 @@ def _tried(pipeline: Any, runs: Sequence, base: StepCache, point: Point, seed: i
     config = dataclasses.replace(base, threshold=point.threshold, min_steps=0)
     seconds, worst = 0.0, 1.0
     with apply(pipeline, only=(), step_cache=config) as handle:
-        for stepping in handle.step_caches:
-            stepping.take_as_proved()  # by the uncached runs
+        for step_cache in handle.step_caches:
+            step_cache.skip_proof()  # by the uncached runs
         for prompt, uncached, _ in runs:
             sample = sampling.generate(pipeline, prompt, seed, call)
             seconds += sample.seconds

@@ -26,7 +26,7 @@ from ...pipelines.quality import Likeness, likeness, lpips_is_at_hand
 from ...spec.model import Spec
 from ...step_cache import guards
 from ...step_cache.config import StepCache
-from ...step_cache.live import Stepping
+from ...step_cache.model_step_cache import ModelStepCache
 from ..surroundings import environment, version
 
 BASELINE, AGAIN = "baseline", "baseline again"
@@ -309,8 +309,8 @@ class _Comparison:
             yield pipeline, read
         else:
             with apply(self.pipeline, only=(), step_cache=dataclasses.replace(variant.config, min_steps=0)) as handle:
-                for stepping in handle.step_caches if proved else ():
-                    stepping.take_as_proved()
+                for step_cache in handle.step_caches if proved else ():
+                    step_cache.skip_proof()
                 yield self.pipeline, lambda: _read(handle)
 
 
@@ -354,10 +354,10 @@ def _cache_dit_alone(pipeline: Any, config: StepCache, passes: int) -> tuple[Any
     models = []
     for name, (model, spec) in sampling.transformers(pipeline).items():
         # Its numbers for cache-dit, without any of our layers.
-        stepping = Stepping(name, model, spec, pipeline, config)
+        step_cache = ModelStepCache(name, model, spec, pipeline, config)
         model = copy.deepcopy(model)
         setattr(copied, name, model)
-        enable_cache_dit(model, spec, stepping.decisions(), stepping.calibrator(), cfg=passes > 1)
+        enable_cache_dit(model, spec, step_cache.block_configs(), step_cache.cache_dit.calibrator(), cfg=passes > 1)
         models.append(model)
 
     def refresh() -> None:

@@ -12,17 +12,7 @@ import torch
 from ...errors import SiteError
 from ...sites import resolve
 from ...spec.model import Spec
-
-HIDDEN, ENCODER = "hidden_states", "encoder_hidden_states"
-PATTERNS = {
-    0: ((HIDDEN, ENCODER), (HIDDEN, ENCODER)),
-    1: ((HIDDEN, ENCODER), (ENCODER, HIDDEN)),
-    2: ((HIDDEN, ENCODER), (HIDDEN,)),
-    3: ((HIDDEN,), (HIDDEN,)),
-    4: ((HIDDEN,), (HIDDEN, ENCODER)),
-    5: ((HIDDEN,), (ENCODER, HIDDEN)),
-}
-"""What blocks of each of cache-dit's forward patterns take first and return."""
+from ...step_cache.block_pattern import ENCODER, HIDDEN, PATTERNS
 
 
 @dataclass
@@ -54,7 +44,8 @@ def problems(model: torch.nn.Module, spec: Spec, forwards: Iterable[Mapping[str,
         fitting, why = fits(seen)
         if blocks.pattern not in fitting:
             instead = " or ".join(map(str, fitting)) or "none of cache-dit's"
-            taken, returned = (" and ".join(names) for names in PATTERNS[blocks.pattern])
+            pattern = PATTERNS[blocks.pattern]
+            taken, returned = (" and ".join(names) for names in (pattern.inputs, pattern.outputs))
             found.append(
                 f"{where}: pattern {blocks.pattern} is for blocks that take {taken} and return {returned}; {why}. "
                 f"The pattern is {instead}"
