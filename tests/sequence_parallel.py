@@ -35,7 +35,7 @@ from dit_patch.step_cache import ranks
 RANKS = 2
 LIMIT = 240  # seconds; it takes some thirty
 ROPE = "forward:get_rotary_pos_embed"
-STEPS = 3
+STEPS = 2
 SIZES = 2  # as many generations, one of each
 SPECS = {spec.name: spec for spec in Registry(plugins=False) if spec.mini.host == fastvideo.__name__}
 

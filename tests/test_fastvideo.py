@@ -331,7 +331,7 @@ def test_blocks_compiled_as_fastvideo_compiles_them(tiny, name):
             block.forward = torch.compile(block.forward, backend="eager")
     with contextlib.suppress(AttributeError):
         torch._dynamo.reset()
-    hits = each.agree(each.calls(steps=1, size=2))
+    hits = each.agree(each.calls(steps=1, size=2)[:4])
     assert len(hits) > 2
     notes = {row.at: row.notes for row in each.handle.stats() if row.notes}
     if name == "fastvideo/matrixgame3":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -107,8 +108,25 @@ class Rope:
         return forward is None or (type(forward) is types.MethodType and forward.__func__ is type(self.module).forward)
 
 
+@dataclass
+class Others:
+    """Which layers of other libraries are on both models, and what these have done to each other."""
+
+    hooks: list[str] = field(default_factory=list)  # of diffusers, in the order they came
+    replacing: set[str] = field(default_factory=set)  # hooks with a forward of their own
+    ousted: set[str] = field(default_factory=set)  # replacing hooks that came directly over one that has gone since
+    accelerate: int | None = None  # how many hooks of diffusers accelerate's came over; None while it is off
+    is_bypassed: bool = False  # accelerate's hook is on, and another library has taken it out of the way of the calls
+    is_mixed: bool = False  # a closure has gone from between hooks: what each will put back is anybody's guess
+    is_broken: bool = False  # without us, too, the call is not what it was: nothing is to be held to that
+
+
 class Removal(RuleBasedStateMachine):
-    """`patched` gets our layers and the foreign ones, `plain` the foreign ones only."""
+    """Layers come and go; after each step both models still compute the same.
+
+    `patched` gets our layers and the foreign ones, `plain` the foreign ones only. `ours` are the layers that are on,
+    by number, `reachable` those of them that nothing another library did can have dropped.
+    """
 
     closures_too = False
 
@@ -118,14 +136,9 @@ class Removal(RuleBasedStateMachine):
         self.expected, _ = self.plain.call()
         self.ours = {}
         self.gone = []
-        self.solid = set()
-        self.accelerate = None
-        self.names = []
-        self.replacing, self.ousted = set(), set()
+        self.reachable = set()
+        self.others = Others()
         self.number = 0
-        self.bypassed = False  # accelerate's hook is on, and another library has taken it out of the way of the calls
-        self.mixed = False  # a closure has gone from between hooks: what each of them will put back is anybody's guess
-        self.broken = False
 
     def both(self, operation, *args):
         for rope in (self.patched, self.plain):
@@ -137,15 +150,15 @@ class Removal(RuleBasedStateMachine):
 
     def taken_away(self):
         """A foreign layer goes; where that puts back what it once found, layers of ours that came later are dropped."""
-        if self.patched.closures or self.bypassed or self.mixed:
-            self.solid.clear()
+        if self.patched.closures or self.others.is_bypassed or self.others.is_mixed:
+            self.reachable.clear()
 
     @precondition(lambda self: len(self.ours) < 3)
     @rule()
     def install(self):
         number = self.fresh()
         self.ours[number] = self.patched.add_ours(number)
-        self.solid.add(number)
+        self.reachable.add(number)
 
     @precondition(lambda self: self.ours)
     @rule(data=st.data())
@@ -153,46 +166,46 @@ class Removal(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.ours)))
         layer = self.ours.pop(number)
         layers.remove(layer)
-        self.solid.discard(number)
+        self.reachable.discard(number)
         self.gone.append(layer)
 
-    @precondition(lambda self: self.accelerate is None)
+    @precondition(lambda self: self.others.accelerate is None)
     @rule()
     def accelerate_comes(self):
         self.both("add_accelerate", self.fresh())
-        self.accelerate = len(self.names)
+        self.others.accelerate = len(self.others.hooks)
 
     # With a diffusers hook over it, accelerate leaves a forward behind that cannot be called.
-    @precondition(lambda self: self.accelerate is not None and len(self.names) <= self.accelerate)
+    @precondition(lambda self: self.others.accelerate is not None and len(self.others.hooks) <= self.others.accelerate)
     @rule()
     def accelerate_goes(self):
         self.taken_away()
         self.both("remove_accelerate")
-        self.accelerate, self.bypassed = None, False
+        self.others.accelerate, self.others.is_bypassed = None, False
 
-    @precondition(lambda self: len(self.names) < 3)
+    @precondition(lambda self: len(self.others.hooks) < 3)
     @rule(replaces=st.booleans())
     def diffusers_comes(self, replaces):
         name = f"hook {self.fresh()}"
         self.both("add_diffusers", name, replaces)
-        self.names.append(name)
+        self.others.hooks.append(name)
         if replaces:
-            self.replacing.add(name)
+            self.others.replacing.add(name)
 
-    @precondition(lambda self: self.names)
+    @precondition(lambda self: self.others.hooks)
     @rule(data=st.data())
     def diffusers_goes(self, data):
-        name = data.draw(st.sampled_from(self.names))
+        name = data.draw(st.sampled_from(self.others.hooks))
         self.taken_away()
-        if name in self.ousted:
-            self.solid.clear()
+        if name in self.others.ousted:
+            self.reachable.clear()
         # Diffusers points a hook past its own `new_forward` when the hook below goes, and back to it at its own end.
-        self.ousted |= self.replacing & set(self.names[self.names.index(name) + 1 :][:1])
+        self.others.ousted |= self.others.replacing & set(self.others.hooks[self.others.hooks.index(name) + 1 :][:1])
         self.both("remove_diffusers", name)
-        if self.accelerate is not None and self.names.index(name) < self.accelerate:
-            self.accelerate -= 1
-            self.bypassed = True
-        self.names.remove(name)
+        if self.others.accelerate is not None and self.others.hooks.index(name) < self.others.accelerate:
+            self.others.accelerate -= 1
+            self.others.is_bypassed = True
+        self.others.hooks.remove(name)
 
     @precondition(lambda self: self.closures_too and len(self.patched.closures) < 2)
     @rule(named=st.booleans())
@@ -203,31 +216,31 @@ class Removal(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_closure_goes(self, data):
         self.taken_away()
-        self.mixed = self.mixed or self.accelerate is not None or bool(self.names)
+        self.others.is_mixed = self.others.is_mixed or self.others.accelerate is not None or bool(self.others.hooks)
         self.both("remove_closure", data.draw(st.sampled_from(sorted(self.patched.closures))))
 
     @invariant()
     def the_call_is_as_without_us(self):
-        if self.broken:
+        if self.others.is_broken:
             return
         plain = self.plain.call()
-        self.broken = plain[0] != self.expected
-        if self.broken:
+        self.others.is_broken = plain[0] != self.expected
+        if self.others.is_broken:
             assert self.closures_too, "other libraries' hooks alone must not break each other here"
             return
         assert self.patched.call() == plain
         met = {number for kind, number in self.patched.trace if kind == "ours"}
         assert met <= set(self.ours), "a removed layer acted"
-        assert self.solid <= met, "a live layer was not reached"
+        assert self.reachable <= met, "a live layer was not reached"
         for number, layer in self.ours.items():
             assert layers.installed(layer) or number not in met or self.closures_too
 
     def teardown(self):
-        if not hasattr(self, "patched") or self.broken:
+        if not hasattr(self, "patched") or self.others.is_broken:
             return
-        for name in reversed(self.names):
+        for name in reversed(self.others.hooks):
             self.both("remove_diffusers", name)
-        if self.accelerate is not None:
+        if self.others.accelerate is not None:
             self.both("remove_accelerate")
         for number in sorted(self.patched.closures, reverse=True):
             self.both("remove_closure", number)
