@@ -18,7 +18,8 @@ import dit_patch
 from dit_patch.handle import handle_of
 from dit_patch.launch import find_pipeline, first_forward
 from dit_patch.report import journal as journals
-from dit_patch.report.journal import NEVER_CALLED, PATCHED, Journal
+from dit_patch.report.document import NEVER_CALLED, PATCHED
+from dit_patch.report.journal import Journal
 from dit_patch.sites.scope import scope_of
 
 SITES = """

@@ -20,7 +20,8 @@ from test_remote import Generator
 import dit_patch
 from dit_patch.report import journal as journals
 from dit_patch.report import kept
-from dit_patch.report.journal import Journal, own_path, text
+from dit_patch.report.document import document_text, path_of_process
+from dit_patch.report.journal import Journal
 
 HERE = Path(__file__).parent
 SITES = """
@@ -90,7 +91,7 @@ def test_what_was_taken_back_is_told_as_it_was_then(journal, specs):
     assert counts(journal) == [THREE]
     [told] = journal.document["handles"]
     assert told["removed"] and sum(row["nbytes"] for row in told["sites"]) == held > 0
-    assert "taken back before the process ended" in text(journal.document)
+    assert "taken back before the process ended" in document_text(journal.document)
 
 
 def test_a_handle_in_workers_is_told_of_before_they_go(journal, specs):
@@ -136,22 +137,22 @@ def test_the_journal_keeps_no_generator_and_no_handle_of_it(journal, specs):
     del generator
     gc.collect()
     assert gone() is None
-    assert "could not be asked" in text(journal.document)
+    assert "could not be asked" in document_text(journal.document)
 
 
 def test_a_document_is_json_and_complete(journal, specs):
     model = toys.build()
     journal.keep(dit_patch.apply(model, specs=[specs]))
     steps(model)
-    journal.failed("a.B", "SiteError: no")
+    journal.add_failure("a.B", "SiteError: no")
     document = json.loads(json.dumps(journal.document))
     assert document["pid"] == os.getpid() and document["parent"] == os.getppid()
     assert document["versions"]["torch"] == torch.__version__ and document["python"] in sys.version
     assert document["failures"] == [{"what": "a.B", "message": "SiteError: no"}]
-    assert document["ended"] is False and "killed?" in text(document)
+    assert document["ended"] is False and "killed?" in document_text(document)
     [handle] = document["handles"]
     assert handle["sites"][0]["spec"] == "toy" and handle["steps"] == []
-    assert "NOT PATCHED: a.B: SiteError: no" in text(document)
+    assert "NOT PATCHED: a.B: SiteError: no" in document_text(document)
 
 
 def test_a_file_is_written_at_once_kept_fresh_and_final_at_the_end(journal, specs, tmp_path, monkeypatch):
@@ -184,13 +185,13 @@ def test_a_file_is_written_at_once_kept_fresh_and_final_at_the_end(journal, spec
 def test_ranks_and_children_have_files_of_their_own(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert own_path("a/report.json") == "a/report.json"
-    assert own_path("report", child=True) == f"report.pid{os.getpid()}"
+    assert path_of_process("a/report.json") == "a/report.json"
+    assert path_of_process("report", child=True) == f"report.pid{os.getpid()}"
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert own_path("report.json") == "report.json"
+    assert path_of_process("report.json") == "report.json"
     monkeypatch.setenv("RANK", "1")
-    assert own_path("report.json") == "report.rank1.json" and own_path("-") == "-"
+    assert path_of_process("report.json") == "report.rank1.json" and path_of_process("-") == "-"
 
 
 # At the end of real processes
@@ -276,7 +277,7 @@ def test_a_failing_program_has_its_report_and_an_unwritable_one_is_printed(tmp_p
 
 
 def test_a_model_is_counted_in_its_latest_state(journal):
-    journal.note("a.B", "waiting")
-    journal.note("a.B", "waiting")
-    journal.note("a.B", "patched", "waiting")
+    journal.count_model("a.B", "waiting")
+    journal.count_model("a.B", "waiting")
+    journal.count_model("a.B", "patched", "waiting")
     assert {(each["state"], each["count"]) for each in journal.document["models"]} == {("waiting", 1), ("patched", 1)}

@@ -42,6 +42,19 @@ assert "torch" not in sys.modules, "torch was imported"
     assert "usage: dit-patch" in done.stdout
 
 
+def test_a_run_waits_for_its_program_without_torch():
+    program = """
+import sys
+from dit_patch.launch.flags import Choice
+from dit_patch.launch.run_command import run_command
+
+assert not run_command(Choice(patch_model="auto"), [sys.executable, "-c", ""])
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["demo", "test"])
 def test_the_readme_marks_the_command(name):
     assert f"<!-- command: {name} -->\n```sh\n" in (ROOT / "README.md").read_text(encoding="utf-8")

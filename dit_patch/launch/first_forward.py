@@ -22,7 +22,8 @@ import wrapt
 
 from ..errors import UnsupportedModelError
 from ..handle import apply, handle_of
-from ..report.journal import NEVER_CALLED, PATCHED, journal
+from ..report.document import NEVER_CALLED, PATCHED
+from ..report.journal import journal
 from ..sites import layers
 from ..sites.pipeline_models import find_models
 from ..sites.scope import Hook, forget_copies, scope_of
@@ -97,7 +98,7 @@ class FirstForward:
             self._layers.append(layers.install(model, "forward", self._wrap_forward, self))
             if callable(getattr(model, "cache_context", None)):
                 self._layers.append(layers.install(model, "cache_context", self._wrap_cache_context, self))
-        journal.note(_name(model), NEVER_CALLED)
+        journal.count_model(_name(model), NEVER_CALLED)
 
     def waits_for(self, model: torch.nn.Module) -> bool:
         """Return whether `model` is the one this object was made for: a shallow copy shares its hooks."""
@@ -129,7 +130,7 @@ class FirstForward:
         name = _name(model)
         if scope_of(model) is not None:
             ours = handle_of(model).automatic
-            journal.note(name, PATCHED if ours else "patched by the program itself", NEVER_CALLED)
+            journal.count_model(name, PATCHED if ours else "patched by the program itself", NEVER_CALLED)
             return False
         try:
             handle = apply(_target(model), **self._choice.options)
@@ -137,13 +138,13 @@ class FirstForward:
             if not self._choice.options["only"]:
                 self._leave_alone(name, error)
             else:
-                journal.note(name, "left alone: not of the specs that were chosen", NEVER_CALLED)
+                journal.count_model(name, "left alone: not of the specs that were chosen", NEVER_CALLED)
             return False
         except Exception as error:
             self._leave_alone(name, error)
             return False
         handle.automatic = True
-        journal.note(name, PATCHED, NEVER_CALLED)
+        journal.count_model(name, PATCHED, NEVER_CALLED)
         journal.keep(handle, refreshing=True)
         if self._layers:
             self._step_caches = handle.step_caches
@@ -152,7 +153,7 @@ class FirstForward:
         return True
 
     def _leave_alone(self, name: str, error: Exception) -> None:
-        journal.note(name, "left as it was", NEVER_CALLED)
+        journal.count_model(name, "left as it was", NEVER_CALLED)
         _report_failure(name, error)
 
     def _wrap_forward(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -194,12 +195,12 @@ def _target(model: torch.nn.Module) -> Any:
 def _report_failure(name: str, error: Exception) -> None:
     """Record and print that the model is not patched; with `--strict` raise `error` again."""
     if os.environ.get(STRICT):
-        journal.failed(name, f"{type(error).__name__}: {error}")
+        journal.add_failure(name, f"{type(error).__name__}: {error}")
         raise error
     message = f"{type(error).__name__}: {error}"
     if not any(message == earlier for _, earlier in journal.failures):
         print(f"dit_patch: {name} is not patched, and runs as it is: {message}", file=sys.stderr, flush=True)
-    journal.failed(name, message)
+    journal.add_failure(name, message)
 
 
 def _name(model: torch.nn.Module) -> str:

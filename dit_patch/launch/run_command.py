@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DitPatchError, quote
-from ..report.journal import own_path, save
+from ..report.document import path_of_process, save
 from .flags import AUTO, VARIABLES, Choice
 from .run_folder import CLASSES, FOLDER, SITE, STRICT
 from .summary import Summary
@@ -80,7 +80,7 @@ def _report_file(path: str | None) -> str | None:
     """
     if path is None or path == "-":
         return None
-    path = os.path.abspath(own_path(path))
+    path = os.path.abspath(path_of_process(path))
     parent = os.path.dirname(path)
     if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         raise DitPatchError(f"--patch-report: {quote(path)} cannot be written; give a file in a directory that exists")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report.journal import PATCHED, text
+from ..report.document import PATCHED, document_text, has_content
 from .run_folder import PYTHONS, REPORTS, UNREACHABLE
 
 
@@ -38,7 +38,7 @@ class Summary:
         for path in folder.glob(REPORTS):
             with suppress(OSError, ValueError):
                 document = json.loads(path.read_text("utf-8"))
-                if document["handles"] or document["failures"] or document["models"]:
+                if has_content(document):
                     processes.append((document["rank"] or 0, int(path.name.partition("-")[2][:-5]), document))
         return cls(
             command,
@@ -114,7 +114,7 @@ class Summary:
         return f"dit-patch run: {_count(self.patched)} patched{rest}"
 
     def __str__(self) -> str:
-        parts = [self.headline, *map(text, self.processes), *filter(None, [self.verdict])]
+        parts = [self.headline, *map(document_text, self.processes), *filter(None, [self.verdict])]
         return "\n\n".join(parts)
 
 

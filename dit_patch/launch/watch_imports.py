@@ -47,4 +47,4 @@ def _watch_classes(folder: str, names: list[str], module: ModuleType) -> None:
         print(f"dit_patch: {module.__name__}: {type(error).__name__}: {error}", file=sys.stderr)
         from ..report.journal import journal
 
-        journal.failed(", ".join(names), f"{type(error).__name__}: {error}")
+        journal.add_failure(", ".join(names), f"{type(error).__name__}: {error}")

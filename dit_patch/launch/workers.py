@@ -28,7 +28,6 @@ from ..handle import Handle, Options, apply, handle_of
 from ..handle.entry import register
 from ..report.reported import ReportedHandle
 from ..report.rows import Rows, SiteStats
-from ..report.text import report_text
 from ..sites import layers
 from ..sites.pipeline_models import find_models
 from ..step_cache.stats import StepStats
@@ -144,10 +143,6 @@ class RemoteHandle(ReportedHandle):
         if callable(getattr(self._executor, "shutdown", None)):
             layers.install(self._executor, "shutdown", shutting_down)
 
-    def __str__(self) -> str:
-        rows = self.rows()  # once for all, since the workers are asked for them
-        return report_text(rows, self.max_bytes, rows.nbytes, self.options.step_cache)
-
     def __eq__(self, other: object) -> bool:
         return self._tokens == other._tokens if isinstance(other, RemoteHandle) else NotImplemented
 
@@ -166,7 +161,7 @@ class RemoteHandle(ReportedHandle):
                 "    Call dit_patch.apply(generator) again."
             )
         if len(answers) > 1:
-            found = {rank: rows.of_rank(rank) for rank, rows in found.items()}
+            found = {rank: rows.with_rank(rank) for rank, rows in found.items()}
         return Rows(
             tuple(row for rows in found.values() for row in rows.sites),
             tuple(row for rows in found.values() for row in rows.steps),

@@ -1,7 +1,7 @@
-"""What every handle can be asked for: its rows, its report, and to say when it ends.
+"""The base of every handle: its rows, its report, and who is told when it ends.
 
-A handle of this process and one of worker processes are both a `ReportedHandle`, so that the report and the journal
-need not know which they have.
+The handle of models in this process and that of models in worker processes are both a `ReportedHandle`, so that the
+journal need not know which it has.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from .text import report_text
 class ReportedHandle:
     """The handle of one `apply`: print it for the report, `remove()` it to take everything back.
 
-    Usable in a `with` statement. Whoever wants its last rows appends a function to `on_end`, which is called with them
-    once: when the handle is removed, or when it is collected together with its models.
+    Usable in a `with` statement.
     """
 
     #: Whether the models live in other processes.
@@ -27,6 +26,8 @@ class ReportedHandle:
 
     def __init__(self, options: Any) -> None:
         self.options = options
+        #: Called once with the last rows, when the handle is removed (True), or collected with its models (False). Rows
+        #: that cannot be had any more are None.
         self.on_end: list[Callable[[Rows | None, bool], None]] = []
 
     def remove(self) -> None:
@@ -52,18 +53,18 @@ class ReportedHandle:
         return self.options.max_bytes
 
     def reference(self) -> Callable[[], ReportedHandle | None]:
-        """Return a function that gives this handle, or an equal one, for as long as it is there, without holding it."""
+        """Return a function that returns this handle, or an equal one, while there is one; it does not hold it."""
         raise NotImplementedError
 
     def before_workers_end(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called when worker processes that hold the models are about to end, if there are any."""
+        """Have `callback` called before worker processes with the models end, if there are any."""
 
     def rows(self) -> Rows:
-        """Return all that the handle reports, as data that outlives it."""
+        """Return all that the handle reports."""
         return Rows(tuple(self.stats()), tuple(self.step_stats()))
 
     def __str__(self) -> str:
-        return report_text(self.rows(), self.max_bytes, self.nbytes, self.options.step_cache)
+        return report_text(self.rows(), self.max_bytes, self.options.step_cache)
 
     def __enter__(self) -> ReportedHandle:
         return self
@@ -72,7 +73,7 @@ class ReportedHandle:
         self.remove()
 
     def _end(self, *, removed: bool) -> None:
-        """Tell whoever asked for the last rows; None stands for rows that cannot be had any more."""
+        """Call what is in `on_end`, for the first time and the last."""
         callbacks, self.on_end = self.on_end, []
         rows = None
         if callbacks:

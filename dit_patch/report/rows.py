@@ -1,4 +1,4 @@
-"""What a handle did, as rows of data that outlive it."""
+"""The rows of the report: data that outlives the handle which it is about."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NEVER_HIT = {"timestep": FindingKind.NEVER_HIT_TIMESTEP, "context": FindingKind
 class SiteStats:
     """One site of one model.
 
-    `targets` is the number of attributes it stands for, `bypassed` counts calls passed through by reason, `nbytes` is
-    what its results hold now, `seconds_saved` is hits times the shortest host time of computing
-    one (on a GPU: of launching it). `findings` is what was noticed, and `notes` the same in words. `fixed` says that an
-    upstream mistake is corrected, which may change results.
+    `targets` is the number of attributes that the site stands for. `bypassed` counts the calls that were passed
+    through, by reason. `nbytes` is what its results hold now. `seconds_saved` is hits times the shortest host time of
+    computing one (on a GPU: of launching it). `findings` is what was noticed, and `notes` the same in words. `fixed`
+    says that an upstream mistake is corrected, which may change results.
     """
 
     model: str
@@ -53,28 +53,28 @@ class SiteStats:
 
 @dataclass(frozen=True)
 class Rows:
-    """All that a handle reports, as data that outlives it."""
+    """All rows of one handle: of its sites, and of its step caches."""
 
     sites: tuple[SiteStats, ...] = ()
     steps: tuple[StepStats, ...] = ()
 
-    def of_rank(self, rank: int) -> Rows:
-        """The same, with the rank in each row."""
+    def with_rank(self, rank: int) -> Rows:
+        """Return the same rows, with the rank in the name of each model."""
 
-        def named(rows: Iterable) -> tuple:
+        def renamed(rows: Iterable) -> tuple:
             return tuple(replace(row, model=f"rank {rank}: {row.model}") for row in rows)
 
-        return Rows(named(self.sites), named(self.steps))
+        return Rows(renamed(self.sites), renamed(self.steps))
 
     def since(self, before: Rows) -> Rows:
-        """Only what has come after `before`."""
-        known = {(row.model, row.at): row for row in before.sites}
-        sites = (_difference(row, known.get((row.model, row.at))) for row in self.sites)
+        """Return only what has come after `before`."""
+        earlier = {(row.model, row.at): row for row in before.sites}
+        sites = (_difference(row, earlier.get((row.model, row.at))) for row in self.sites)
         return Rows(tuple(sites), tuple(row for row in self.steps if row not in before.steps))
 
     @property
-    def anything(self) -> bool:
-        """Whether the model was called at all."""
+    def has_calls(self) -> bool:
+        """Whether any site or block list was called."""
         return bool(self.steps) or any(row.hits or row.misses or row.bypassed for row in self.sites)
 
     @property
@@ -96,8 +96,8 @@ def site_stats(
     """Return the row of one site, summed over the attributes that it stands for.
 
     Args:
-        patches: what is live of it.
-        noticed: what was noticed when it was bound, or in forwards.
+        patches: those of the site, one for each attribute.
+        noticed: what was noticed when the site was bound, or in forwards.
         was_called: whether the model has been called at all.
     """
     memos = [patch.memo for patch in patches]

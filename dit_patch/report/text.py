@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..spec.address import Address, InnerFunctionAddress
 from ..step_cache.stats import text as step_text
-from .rows import Rows
+from .rows import Rows, SiteStats
+
+if TYPE_CHECKING:
+    from ..step_cache import StepCache
 
 
-def report_text(rows: Rows, max_bytes: int, nbytes: int, step_cache: Any = None) -> str:
-    """Return the report.
-
-    Args:
-        max_bytes, nbytes: what the caches may hold and what they hold, in bytes.
-        step_cache: the `StepCache` that was asked for, or None.
-    """
-    sites = rows.sites
-    width = max((len(_short(row.at)) for row in sites), default=4)
-    fixed = any(row.fixed for row in sites)
-    kind = "fixes on (where they apply, results differ from upstream's)" if fixed else "lossless"
-    if step_cache is not None:
-        kind = f"step caching on (the output is another); all else {kind}"
-    lines = [f"dit_patch: {kind}, {_mib(nbytes)} cached of {_mib(max_bytes)}"]
-    for model in dict.fromkeys(row.model for row in sites):
-        own = [row for row in sites if row.model == model]
-        lines.append(f"{model}  {own[0].model_class}  spec {own[0].spec}")
-        lines.append(
-            f"  {'kind':<8}  {'site':<{width}}  {'hits':>6}  {'misses':>6}  {'bypassed':>8}  {'held':>10}  saved"
-        )
-        for row in own:
-            count = sum(row.bypassed.values())
-            lines.append(
-                f"  {row.kind:<8}  {_short(row.at):<{width}}  {row.hits:>6}  {row.misses:>6}  {count or '-':>8}  "
-                f"{_mib(row.nbytes):>10}  {row.seconds_saved * 1e3:.1f} ms"
-            )
-            lines += [f"  {'':<8}    {note}" for note in row.notes]
+def report_text(rows: Rows, max_bytes: int, step_cache: StepCache | None = None) -> str:
+    """Return the report; `max_bytes` is what the caches may hold, `step_cache` what was asked for."""
+    lines = [f"dit_patch: {_promise(rows, step_cache)}, {_mib(rows.nbytes)} cached of {_mib(max_bytes)}"]
+    width = max((len(_short_address(row.at)) for row in rows.sites), default=4)
+    for model in dict.fromkeys(row.model for row in rows.sites):
+        lines += _model_lines([row for row in rows.sites if row.model == model], width)
     if step_cache is not None:
         lines += step_text(step_cache, rows.steps)
     return "\n".join(lines)
 
 
-def _short(at: str) -> str:
+def _promise(rows: Rows, step_cache: StepCache | None) -> str:
+    """Say whether results are those of the unpatched models."""
+    fixed = any(row.fixed for row in rows.sites)
+    promise = "fixes on (where they apply, results differ from upstream's)" if fixed else "lossless"
+    return promise if step_cache is None else f"step caching on (the output is another); all else {promise}"
+
+
+def _model_lines(sites: Sequence[SiteStats], width: int) -> Iterator[str]:
+    """Return the table of one model's sites, of which the addresses are at most `width` long."""
+    first = sites[0]
+    yield f"{first.model}  {first.model_class}  spec {first.spec}"
+    yield f"  {'kind':<8}  {'site':<{width}}  {'hits':>6}  {'misses':>6}  {'bypassed':>8}  {'held':>10}  saved"
+    for row in sites:
+        yield (
+            f"  {row.kind:<8}  {_short_address(row.at):<{width}}  {row.hits:>6}  {row.misses:>6}  "
+            f"{sum(row.bypassed.values()) or '-':>8}  {_mib(row.nbytes):>10}  {row.seconds_saved * 1e3:.1f} ms"
+        )
+        for note in row.notes:
+            yield f"  {'':<8}    {note}"
+
+
+def _short_address(at: str) -> str:
     """Return the address as a row shows it: of a function inside a method, without the path to it."""
     match Address.parse(at):
         case InnerFunctionAddress(module, function, name):
