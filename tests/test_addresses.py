@@ -159,6 +159,14 @@ def test_an_optional_site_that_is_not_there_is_reported_and_the_others_work(patc
     assert "not in this model" in str(handle)
 
 
-def test_an_optional_site_with_a_wrong_argument_is_an_error(patched):
-    with pytest.raises(SiteError, match="it has no parameter `nothing`"):
-        patched("- {at: table.forward, kind: rope, optional: true, key: {nothing: [shape]}}")
+@pytest.mark.parametrize(
+    "rest, message",
+    [
+        ("key: {nothing: [shape]}", "it has no parameter `nothing`"),
+        ("key: {x: [shape]}, reads: [embd]", "Toy has no submodule `embd`"),
+        ("key: {x: [shape]}, reads: ['toys:nothing']", "`toys:nothing` cannot be found"),
+    ],
+)
+def test_an_optional_site_with_a_wrong_name_is_an_error(patched, rest, message):
+    with pytest.raises(SiteError, match=message):
+        patched(f"- {{at: table.forward, kind: rope, optional: true, {rest}}}")

@@ -64,6 +64,10 @@ def too_coarse(spec):
     site(spec, TEXT)["key"] = {"caption": ["shape"]}
 
 
+def too_coarse_where_it_is_used(spec):
+    site(spec, TEXT).update(key={"caption": ["shape"]}, unused_with=["model.attention_kwargs"])
+
+
 def wrong_pattern(spec):
     spec["blocks"] = [{"at": "blocks", "pattern": 0}]
 
@@ -93,6 +97,7 @@ def one_bit_off(spec):
     "mistake, said",
     [
         (too_coarse, (TEXT, "its key is too coarse", "`caption: [shape, identity]` would tell them apart")),
+        (too_coarse_where_it_is_used, (TEXT, "`caption: [shape, identity]` would tell them apart")),
         (wrong_pattern, ("blocks", "pattern 0 is for blocks that", "these return one tensor", "2 or 3")),
         (missing_address, ("ropes.forward", "no submodule `ropes`; did you mean `rope`?")),
         (misspelt_argument, (TIME, "no parameter `timesteps`; did you mean `timestep`?")),

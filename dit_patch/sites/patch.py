@@ -111,6 +111,10 @@ class AttributePatch:
         """Have results made again that the model keeps for another device."""
         self._leftovers.follow(frame.device)
 
+    def depends_on(self, weight: torch.Tensor) -> bool:
+        """Return whether a change of this weight makes what is kept worthless."""
+        return False
+
     @property
     def watches_forwards(self) -> bool:
         """Whether `on_forward_start` has to be called."""

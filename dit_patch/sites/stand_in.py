@@ -61,6 +61,10 @@ class StandInSite(AttributePatch):
         self._results = {}
         self.otherwise.clear()
 
+    def depends_on(self, weight: torch.Tensor) -> bool:
+        """Return whether a change of this weight makes what is kept worthless."""
+        return self.otherwise.depends_on(weight)
+
     def _is_unread(self, frame: Frame) -> bool:
         """Return whether the result is for nobody: in any forward, or in this one, which got all of `unused_with`."""
         if frame.nameless and self._unused_with:

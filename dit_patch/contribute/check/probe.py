@@ -20,7 +20,7 @@ import torch
 from ...memo.keys import Argument, Uncacheable, flat
 from ...memo.store import map_tensors, mask_parts
 from ...sites import layers, scope
-from ...sites.memoised import MemoisedSite
+from ...sites.patch import AttributePatch
 from ...sites.scope import Scope
 from ...spec import mini
 from ...spec.model import Spec
@@ -62,7 +62,7 @@ def generations(case: Case, steps: int, **options: Any) -> tuple[list[dict[str, 
 def record(
     model: torch.nn.Module,
     spec: Spec,
-    patches: Iterable[MemoisedSite],
+    patches: Iterable[AttributePatch],
     forwards: Iterable[Mapping[str, Any]],
     moments: Sequence[tuple[int, int]],
 ) -> dict[str, list[list[Call]]]:
@@ -95,7 +95,7 @@ class _Running:
 class _Probe:
     """Stands around an attribute and writes down its calls."""
 
-    def __init__(self, patch: MemoisedSite, state: _Running, calls: list[Call]) -> None:
+    def __init__(self, patch: AttributePatch, state: _Running, calls: list[Call]) -> None:
         self.patch, self.state, self.calls = patch, state, calls
 
     def __call__(self, original: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -158,7 +158,7 @@ def too_fine(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> str | Non
 def uncounted(
     model: torch.nn.Module,
     spec: Spec,
-    patches: Iterable[MemoisedSite],
+    patches: Iterable[AttributePatch],
     arguments: Mapping[str, Any],
     keys: Mapping[str, Mapping[str, tuple[str, ...]]],
 ) -> dict[str, list[str]]:

@@ -17,8 +17,7 @@ from ...handle import Handle, Options, check_versions, patch
 from ...memo.store import Budget
 from ...sites.bind import bind
 from ...sites.binding import Binding
-from ...sites.memoised import MemoisedSite
-from ...sites.patch import Patch
+from ...sites.patch import AttributePatch, Patch
 from ...spec import mini
 from ...spec.model import Site, Spec
 from ...step_cache import StepCache
@@ -99,8 +98,8 @@ class _Trial:
     def _autocast(self) -> AbstractContextManager:
         return mini.autocast(self.spec, self.dtype, self.device)
 
-    def _bind(self, model: torch.nn.Module) -> tuple[Spec, list[MemoisedSite]]:
-        """Return the spec without the sites that cannot be bound here, and the memoised sites among the others."""
+    def _bind(self, model: torch.nn.Module) -> tuple[Spec, list[AttributePatch]]:
+        """Return the spec without the sites that cannot be bound here, and what has a key among the others."""
         good, patches = [], []
         binding = Binding.of(self.spec, model, Budget(BYTES))
         for site in self.spec.sites:
@@ -117,10 +116,12 @@ class _Trial:
                 if note:
                     record.notes[note.note] = None
             good.append(site)
-            patches += [each for each in made if isinstance(each, MemoisedSite) and site.key]
+            patches += [each for each in made if isinstance(each, AttributePatch) and site.key]
         return self.spec.model_copy(update={"sites": tuple(good)}), patches
 
-    def _probe(self, model: torch.nn.Module, patches: list[MemoisedSite], forwards: list[dict], moments: list) -> None:
+    def _probe(
+        self, model: torch.nn.Module, patches: list[AttributePatch], forwards: list[dict], moments: list
+    ) -> None:
         calls = probe.record(model, self.spec, patches, mini.repeat(forwards), moments)
         for at, several in calls.items():
             site = self.result.sites[at].site
