@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..report.reported import ReportedHandle
 from ..sites.pipeline_models import find_models
 from ..spec.registry import Registry
 from ..step_cache import StepCache
 from .options import Options
-from .transaction import check_versions, existing_handle, patch, with_specs
+from .transaction import check_versions, existing_handle, patch_models, with_specs
+
+if TYPE_CHECKING:
+    from ..launch.workers import RemoteHandle
+    from .handle import Handle
 
 _elsewhere: list[tuple[Callable[[Any], bool], Callable[..., ReportedHandle]]] = []
 
 
 def register(is_elsewhere: Callable[[Any], bool], apply_there: Callable[..., ReportedHandle]) -> None:
-    """Have targets whose models live in other processes patched by `apply_there`, which takes what `apply` takes."""
+    """Have `apply_there`, which takes what `apply` takes, patch targets whose models live in other processes."""
     _elsewhere.append((is_elsewhere, apply_there))
 
 
@@ -32,7 +36,7 @@ def apply(
     specs: Iterable[str | PathLike] = (),
     trust: bool = False,
     step_cache: StepCache | str | Mapping[str, Any] | None = None,
-) -> Any:
+) -> Handle | RemoteHandle:
     """Patch the transformers of `target` so that what does not change between steps is computed once: same bits out.
 
     Called again with the same options it returns the same handle, and puts back what another library has displaced.
@@ -78,4 +82,4 @@ def apply(
         return existing
     for _, spec in chosen.values():
         check_versions(spec, strict)
-    return patch(target, chosen, options)
+    return patch_models(target, chosen, options)

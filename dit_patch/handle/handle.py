@@ -36,12 +36,12 @@ class Handle(ReportedHandle):
         #: What all caches share.
         self.budget = Budget(options.max_bytes)
         self.patched_models: list[PatchedModel] = []
-        #: Layers that are no sites: around methods that edit weights, around forwards with spans.
+        #: Layers that belong to no site: around methods that edit weights, and around forwards with spans.
         self._layers: list[layers.Wrapped] = []
-        #: By which a process that asked for the handle from afar knows it again.
+        #: Names the handle to the process that had it made in this one.
         self.token: str | None = None
-        #: Made by `dit-patch run`; gives way where the program asks for something else.
-        self.automatic = False
+        #: Whether `dit-patch run` made it; it gives way to what the program itself asks for.
+        self.is_automatic = False
 
     def __repr__(self) -> str:
         return f"<Handle of {', '.join(self.models) or 'nothing'}>"
@@ -62,11 +62,11 @@ class Handle(ReportedHandle):
             step_cache.release()
 
     def stats(self) -> list[SiteStats]:
-        """One row per site: hits, misses, bypasses with their reasons, bytes held, host seconds saved."""
+        """Return one row per site: hits, misses, bypasses with their reasons, bytes held, host seconds saved."""
         return [row for model in self.patched_models for row in model.rows()]
 
     def step_stats(self) -> list[StepStats]:
-        """One row per block list and pass of the last generation: steps, cached ones, differences, bytes held."""
+        """Return one row per block list and pass of the last generation: steps, cached ones, differences, bytes."""
         return [row for step_cache in self.step_caches for row in step_cache.stats()]
 
     def begin_generation(self, steps: int | None = None) -> None:
@@ -78,7 +78,7 @@ class Handle(ReportedHandle):
             step_cache.on_generation_start(steps)
 
     def repair(self, target: Any = None) -> None:
-        """Put back the patches that another library has displaced; in the stages of the pipeline `target`, too."""
+        """Put back the patches that another library has displaced; also in the stages of `target`, a pipeline."""
         for model in self.patched_models:
             model.repair(target)
         if target is not None:
@@ -96,7 +96,7 @@ class Handle(ReportedHandle):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all caches hold now, without the step cache's, which `step_stats` tells."""
+        """The bytes that all caches hold now, without the step cache's, which `step_stats` has."""
         return self.budget.used
 
     def reference(self) -> Callable[[], Handle | None]:
@@ -111,13 +111,13 @@ class Handle(ReportedHandle):
             self._end(removed=False)
 
     def add(self, name: str, model: torch.nn.Module, spec: Spec, target: Any) -> None:
-        """Patch one more model of `target`; what fails half way is for the caller to take back."""
+        """Patch one more model of `target`; if it raises, the caller takes back what was done."""
         patched = PatchedModel(self, name, model, spec)
         self.patched_models.append(patched)
         patched.install(target)
 
     def watch(self, target: Any) -> None:
-        """Drop what is cached whenever a method of the pipeline has edited weights."""
+        """Drop what is cached whenever a method of the pipeline `target` has edited weights."""
         self.clear_after(target, _PIPELINE_EDITS)
 
     def clear_after(self, owner: Any, methods: Iterable[str]) -> None:
@@ -128,11 +128,11 @@ class Handle(ReportedHandle):
                 self.add_layer(layers.install(owner, method, self._clear_after))
 
     def add_layer(self, layer: layers.Wrapped) -> None:
-        """Have a layer taken away with everything else."""
+        """Take a layer over: it goes when the handle is removed."""
         self._layers.append(layer)
 
     def take_back(self) -> list[str]:
-        """Undo everything; returns what has to sleep inside another library's wrapper until that goes."""
+        """Undo everything; returns the labels of what stays, asleep, inside another library's wrapper."""
         asleep = []
         for model in reversed(self.patched_models):
             if model.step_cache is not None and not model.step_cache.remove():

@@ -15,7 +15,7 @@ from ..step_cache import StepCache
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one `apply`; asking again for the same returns the same handle."""
+    """The options of one `apply`; the same options again give the same handle."""
 
     #: Kinds of sites, such as "rope"; None for all.
     only: tuple[str, ...] | None = None
@@ -29,6 +29,7 @@ class Options:
     fixes: bool = False
     #: Further directories with specs.
     directories: tuple[str, ...] = ()
+    #: How blocks are skipped, which changes the output; None for not at all.
     step_cache: StepCache | None = None
 
     @classmethod
@@ -43,10 +44,10 @@ class Options:
         directories: Iterable[Any],
         step_cache: StepCache | None,
     ) -> Options:
-        """Check what the user gave to `apply`.
+        """Check what the user gave to `apply`, and freeze it.
 
         Raises:
-            DitPatchError: an option that does not exist; it quotes it.
+            DitPatchError: an option that does not exist, which it quotes.
         """
         words = None if only is None else (only,) if isinstance(only, str) else tuple(only)
         kinds, names = registry.selection(words or (), "only")

@@ -1,7 +1,8 @@
-"""One patched model of a handle: its spec, its live sites, and the scope that watches its forward."""
+"""One patched model of a handle: its spec, the patches of its sites, and what watches its forwards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +29,17 @@ _EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
 
 
 class PatchedModel:
-    """A model that `handle` patches by `spec`; `name` is the model's in its pipeline."""
+    """A model that `handle` patches by `spec`; `name` is what its pipeline calls it."""
 
     def __init__(self, handle: Handle, name: str, model: torch.nn.Module, spec: Spec) -> None:
         self.handle, self.name, self.model, self.spec = handle, name, model, spec
-        #: What is live, by the addresses of the sites.
+        #: The patches of each site at work, by its address.
         self.sites: dict[str, list[Patch]] = {}
-        #: What was noticed of a site, by its address.
+        #: What was last noticed of a site, by its address.
         self.findings: dict[str, Finding] = {}
         self.scope: Scope | None = None
         self.step_cache: ModelStepCache | None = None
-        #: Whether the model has been called since.
+        #: Whether the model was called while it was patched.
         self.was_called = False
         self._binding = Binding.of(spec, model, handle.budget, handle.options.check, handle.options.fixes)
         self._reach = Reach(model, self.sites)
@@ -48,11 +49,11 @@ class PatchedModel:
 
     @property
     def patches(self) -> list[Patch]:
-        """All that is live, in the order of the spec."""
+        """The patches of all sites, in the order of the spec."""
         return [patch for patches in self.sites.values() for patch in patches]
 
     def install(self, target: Any) -> None:
-        """Bind every site that is wanted, install them, and watch the model's forwards.
+        """Bind the sites that are wanted, install their patches, and watch the model's forwards.
 
         Raises:
             SiteError: the spec does not fit the model.
@@ -78,6 +79,7 @@ class PatchedModel:
             is_of_stages = isinstance(site.address, StageAddress)
             if is_of_stages and site.at not in self.sites and find_stages(target, self.model):
                 self._bind(site, target)
+        self.__dict__.pop("_watchers", None)
         for patch in self.patches:
             patch.install()
         if self.step_cache is not None:
@@ -102,7 +104,7 @@ class PatchedModel:
         ]
 
     def _bind(self, site: Site, target: Any) -> None:
-        """Make a site live, or note why it is not."""
+        """Bind a site, or note why it is left out."""
         patches, finding = bind(self.spec, site, self._binding, target)
         self.findings.pop(site.at, None)
         if patches:
@@ -126,7 +128,7 @@ class PatchedModel:
 
     @cached_property
     def _watchers(self) -> list[Patch]:
-        """The patches that want to know of the start of a forward."""
+        """The patches that prepare for each forward."""
         return [patch for patch in self.patches if patch.watches_forwards]
 
     def _on_forward_end(self, frame: Frame) -> None:
@@ -137,10 +139,11 @@ class PatchedModel:
             if finding.kind.warning is not None:
                 warn(finding, stacklevel=2)
 
-    def _end_spans(self, original, instance, args, kwargs):
+    def _end_spans(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """End the spans of a forward that is interrupted: torch runs no hooks for that."""
         try:
             return original(*args, **kwargs)
-        finally:  # for an interrupt, torch runs no hooks
+        finally:
             frame = scope.current()
             if frame is not None and frame.model is self.model:
                 frame.close()

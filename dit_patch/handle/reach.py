@@ -15,20 +15,24 @@ from ..upstream.torch_internals import is_compiled
 
 
 class Reach:
-    """What is known of the sites of one model after its forwards; `sites` holds what is live, by address."""
+    """Which sites of one model its forwards have reached; `sites` has their patches, by address."""
 
     def __init__(self, model: torch.nn.Module, sites: Mapping[str, Sequence[Patch]]) -> None:
         self.model, self.sites = model, sites
+        #: Sites that some forward has reached.
         self.reached: set[str] = set()
+        #: Sites of which it was said that they were not reached.
         self.reported: set[str] = set()
-        self.compiled: dict[str, bool] = {}  # of sites that were not reached: whether compiled code has them
+        #: Whether a site that was not reached is inside compiled code.
+        self.compiled: dict[str, bool] = {}
 
     def __repr__(self) -> str:
         return f"<Reach of {type(self.model).__name__}: {len(self.reached)} of {len(self.sites)} sites>"
 
     def findings(self, frame: Frame) -> list[Finding]:
-        """Return what there is to say of the sites that the forward did not reach; a warning only once for each."""
-        return [found for at, live in self.sites.items() if (found := self._finding(frame, at, live)) is not None]
+        """Return what there is to say of the sites that the forward did not reach; what is warned of, once."""
+        found = (self._finding(frame, at, patches) for at, patches in self.sites.items())
+        return [each for each in found if each is not None]
 
     def forget(self) -> list[str]:
         """Begin anew after a repair; returns the addresses of the sites that were reported."""
@@ -37,22 +41,22 @@ class Reach:
         self.compiled.clear()
         return reported
 
-    def _finding(self, frame: Frame, at: str, live: Sequence[Patch]) -> Finding | None:
+    def _finding(self, frame: Frame, at: str, patches: Sequence[Patch]) -> Finding | None:
         if at in self.reported:
             return None
-        if any(patch in frame.calls for patch in live):
+        if any(patch in frame.calls for patch in patches):
             self.reached.add(at)
             return None
-        if isinstance(Address.parse(at), StageAddress):  # which is called by the pipeline, outside of forwards
+        if isinstance(patches[0].site.address, StageAddress):  # the pipeline calls it, outside of forwards
             return None
         kind = FindingKind.UNREACHED
-        if any(patch.is_displaced for patch in live):
+        if any(patch.is_displaced for patch in patches):
             kind = FindingKind.DISPLACED
         elif at in self.reached:  # a site inside another is called only where that one has no result
             return None
         elif self._is_compiled(at):
             return Finding(FindingKind.COMPILED, at)
-        elif live[0].site.optional:
+        elif patches[0].site.optional:
             return None
         self.reported.add(at)
         return Finding(kind, at, type(self.model).__name__)

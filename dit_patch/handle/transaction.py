@@ -23,12 +23,12 @@ Chosen = Mapping[str, tuple[torch.nn.Module, Spec]]
 """Models by their names in the pipeline, each with its spec."""
 
 
-def patch(target: Any, chosen: Chosen, options: Options) -> Handle:
+def patch_models(target: Any, chosen: Chosen, options: Options) -> Handle:
     """Patch models of `target`, each by its spec.
 
     Raises:
         SiteError, StepCacheError: one of them cannot be patched, so none is.
-        DitPatchError: there was nothing to patch.
+        DitPatchError: none of them has a site that is wanted.
     """
     with ExitStack() as undo:
         handle = Handle(options)
@@ -55,29 +55,29 @@ def with_specs(
     """Pair each model with its spec; keep only specs in `names`, if given, else those that are on by default.
 
     Raises:
-        UnsupportedModelError: there is no spec for any of them, or none that is on.
+        UnsupportedModelError: there is no spec for any of them, or none that is wanted.
     """
-    known = _known(models, registry)
-    chosen = {name: each for name, each in known.items() if each[1].is_wanted(names)}
+    paired = _pair_with_specs(models, registry)
+    chosen = {name: each for name, each in paired.items() if each[1].is_wanted(names)}
     if chosen:
         return chosen
-    if known and names:
-        others = ", ".join(f"{name} ({spec.name})" for name, (_, spec) in known.items())
+    if paired and names:
+        others = ", ".join(f"{name} ({spec.name})" for name, (_, spec) in paired.items())
         raise UnsupportedModelError(f"only: no model is for {' or '.join(map(quote, names))}; there are: {others}")
-    raise UnsupportedModelError("\n".join(_why_none(models, known, registry)))
+    raise UnsupportedModelError("\n".join(_why_none(models, paired, registry)))
 
 
 def existing_handle(models: list[torch.nn.Module], options: Options) -> Handle | None:
-    """Return the handle that has patched all these models with these options already; None if none has.
+    """Return the handle that has patched all these models with these options; None if none of them is patched.
 
-    What `dit-patch run` patched by itself gives way to what the program asks for.
+    What `dit-patch run` patched gives way to what the program asks for.
 
     Raises:
-        DitPatchError: another handle, or other options.
+        DitPatchError: some are patched by another handle, or with other options.
     """
     handles = [handle_of(model) for model in models]
     for handle in filter(None, handles):
-        if handle.automatic and (handle.options != options or handle is not handles[0]):
+        if handle.is_automatic and (handle.options != options or handle is not handles[0]):
             handle.remove()
     handles = [handle_of(model) for model in models]
     if not any(handles):
@@ -96,7 +96,7 @@ def existing_handle(models: list[torch.nn.Module], options: Options) -> Handle |
 
 
 def check_versions(spec: Spec, strict: bool) -> None:
-    """Raise VersionError if an installed package is not one that the spec's `requires` allows; or only warn."""
+    """Raise VersionError if the spec's `requires` excludes an installed package; without `strict`, only warn."""
     for line in spec.requires:
         requirement = Requirement(line)
         try:
@@ -112,9 +112,9 @@ def check_versions(spec: Spec, strict: bool) -> None:
         warn(Finding(FindingKind.OTHER_VERSION, spec.name, problem), stacklevel=3)
 
 
-def _known(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
-    """Pair models with their specs; a model without one is looked into, and those inside it go by their paths."""
-    known: dict[str, tuple[torch.nn.Module, Spec]] = {}
+def _pair_with_specs(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, tuple[torch.nn.Module, Spec]]:
+    """Pair models with their specs; a model without one is looked into, and models inside it go by their paths."""
+    paired: dict[str, tuple[torch.nn.Module, Spec]] = {}
     seen: set[torch.nn.Module] = set()
 
     def look(path: str, module: torch.nn.Module) -> None:
@@ -123,26 +123,26 @@ def _known(models: dict[str, torch.nn.Module], registry: Registry) -> dict[str, 
         seen.add(module)
         spec = registry.find(type(module))
         if spec is not None:
-            known[path] = module, spec
+            paired[path] = module, spec
             return
         for name, child in module.named_children():
             look(f"{path}.{name}", unwrap(child))
 
     for name, model in models.items():
         look(name, model)
-    return known
+    return paired
 
 
-def _why_none(models: dict[str, torch.nn.Module], known: Chosen, registry: Registry) -> Iterator[str]:
+def _why_none(models: dict[str, torch.nn.Module], paired: Chosen, registry: Registry) -> Iterator[str]:
     """Say of each model why it is not patched, where no spec was named."""
-    unknown = [model for name, model in models.items() if not any(f"{path}.".startswith(f"{name}.") for path in known)]
+    unknown = [model for name, model in models.items() if not any(f"{path}.".startswith(f"{name}.") for path in paired)]
     if unknown or not models:
         what = [f"{type(model).__name__} ({type(model).__module__})" for model in unknown]
         yield (
             f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"
             f'    Known: {", ".join(registry.names()) or "none"}. Write one: README, "A spec for your model".'
         )
-    for path, (_, spec) in known.items():
+    for path, (_, spec) in paired.items():
         yield (
             f"{path}: {spec.name} is off by default: {spec.off_by_default}\n"
             f'    Ask for it by name: only=["{spec.name}"], or --patch-model {spec.name}.'

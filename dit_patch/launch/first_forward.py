@@ -129,7 +129,7 @@ class FirstForward:
         """Patch the model with the pipeline that runs it; return whether that was done now."""
         name = _name(model)
         if scope_of(model) is not None:
-            ours = handle_of(model).automatic
+            ours = handle_of(model).is_automatic
             journal.count_model(name, PATCHED if ours else "patched by the program itself", NEVER_CALLED)
             return False
         try:
@@ -143,7 +143,7 @@ class FirstForward:
         except Exception as error:
             self._leave_alone(name, error)
             return False
-        handle.automatic = True
+        handle.is_automatic = True
         journal.count_model(name, PATCHED, NEVER_CALLED)
         journal.keep(handle, refreshing=True)
         if self._layers:

@@ -13,7 +13,7 @@ import torch
 
 from ...errors import DitPatchError, SiteError, StepCacheError, VersionError
 from ...findings import DitPatchWarning, FindingKind
-from ...handle import Handle, Options, check_versions, patch
+from ...handle import Handle, Options, check_versions, patch_models
 from ...memo.store import Budget
 from ...sites.bind import bind
 from ...sites.binding import Binding
@@ -240,7 +240,7 @@ class _Trial:
 
     def _patch(self, model: torch.nn.Module, spec: Spec, check: str, step_cache: StepCache | None = None) -> Handle:
         options = Options(max_bytes=BYTES, check=check, step_cache=step_cache)
-        return patch(model, {"model": (model, spec)}, options)
+        return patch_models(model, {"model": (model, spec)}, options)
 
     @contextmanager
     def _warnings_as_problems(self) -> Iterator[None]:
