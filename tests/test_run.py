@@ -133,9 +133,12 @@ def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     for name, text in (("script", SCRIPT), ("spawns", SPAWNS), ("ranks", RANKS)):
         program(folder, text, f"{name}.py")
+    plain = {"__name__": "script"}
+    exec(textwrap.dedent(SCRIPT), plain)
+    for seed in (0, 1):
+        torch.save(plain["generate"](seed), folder / f"plain{seed}.pt")
     python = sys.executable
     commands = {
-        "plain": [python, "script.py", "plain", "0", "1"],
         "script": [*RUN, "--patch-report", "script.json", "--", python, "script.py", "script", "0"],
         "spawns": [*RUN, "--patch-report", "spawns.json", "--", python, "spawns.py", "spawns"],
         "ranks": [*RUN, "--patch-report", "ranks.json", "--", *TORCHRUN, "ranks.py", "ranks"],
