@@ -183,7 +183,7 @@ def test_a_seed_names_the_weights():
 def test_the_demo_is_identical_with_the_real_patches(no_step_cache, tmp_path, capsys):
     pytest.importorskip("diffusers", minversion="0.36", reason="diffusers/wan requires it")
 
-    code = demo.run(tmp_path / "out", steps=2, size=SIZE)
+    code = demo.run_demo(tmp_path / "out", steps=2, size=SIZE)
 
     printed = capsys.readouterr().out
     assert code == 0
@@ -192,7 +192,7 @@ def test_the_demo_is_identical_with_the_real_patches(no_step_cache, tmp_path, ca
 
 
 def test_a_patch_that_changes_a_picture_is_told_with_the_place(short_scenes, no_step_cache, tmp_path, capsys):
-    code = demo.run(tmp_path, steps=2, size=SIZE, apply=ChangesPictures)
+    code = demo.run_demo(tmp_path, steps=2, size=SIZE, apply=ChangesPictures)
 
     printed = capsys.readouterr().out
     assert code == 1
@@ -201,7 +201,7 @@ def test_a_patch_that_changes_a_picture_is_told_with_the_place(short_scenes, no_
 
 
 def test_a_patch_that_cannot_be_taken_back_is_told(short_scenes, no_step_cache, tmp_path, capsys):
-    code = demo.run(tmp_path, steps=2, size=SIZE, apply=StaysBehind)
+    code = demo.run_demo(tmp_path, steps=2, size=SIZE, apply=StaysBehind)
 
     assert code == 1
     assert capsys.readouterr().out.count("removed:   no, first in frame 0 of 5; largest difference ") == 2
@@ -209,7 +209,7 @@ def test_a_patch_that_cannot_be_taken_back_is_told(short_scenes, no_step_cache, 
 
 def test_the_report_comes_first_and_the_files_last(short_scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "STEP_CACHE_STEPS", 4)
-    demo.run(tmp_path, steps=1, size=SIZE, apply=DoesNothing)
+    demo.run_demo(tmp_path, steps=1, size=SIZE, apply=DoesNothing)
 
     lines = capsys.readouterr().out.splitlines()
     assert lines.index("the report") < lines.index("identical: yes")
@@ -223,7 +223,7 @@ def test_the_report_comes_first_and_the_files_last(short_scenes, tmp_path, capsy
 def test_the_step_cache_is_faster_and_says_what_it_costs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "SCENES", ())
     monkeypatch.setattr(demo, "STEP_CACHE_STEPS", 16)
-    assert demo.run(tmp_path) == 0
+    assert demo.run_demo(tmp_path) == 0
 
     said = capsys.readouterr().out
     assert "identical with the exact caches: yes" in said
@@ -243,7 +243,7 @@ def test_the_patches_are_removed_when_a_generation_fails(short_scenes, tmp_path)
         return handles[0]
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        demo.run(tmp_path, steps=1, size=SIZE, apply=break_decoder)
+        demo.run_demo(tmp_path, steps=1, size=SIZE, apply=break_decoder)
 
     assert [handle.removals for handle in handles] == [1]
 
@@ -273,7 +273,7 @@ def test_what_is_missing_is_named_with_the_remedy(module, package, tmp_path, mon
     monkeypatch.setitem(sys.modules, module, None)
 
     with pytest.raises(DitPatchError) as raised:
-        demo.run(tmp_path / "out")
+        demo.run_demo(tmp_path / "out")
 
     assert str(raised.value) == f"the demo needs {package}: pip install 'dit-patch[demo]'"
     assert not (tmp_path / "out").exists()

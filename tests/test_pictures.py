@@ -57,7 +57,7 @@ def test_what_is_not_a_tensor_of_frames_is_refused():
 def test_a_gif_has_all_frames_and_their_pace(tmp_path):
     from PIL import Image
 
-    pictures.writer(tmp_path / "a.gif")(tmp_path / "a.gif", ramp(4), 10)
+    pictures.find_writer(tmp_path / "a.gif")(tmp_path / "a.gif", ramp(4), 10)
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"]) == (4, (16, 16), 100)
         shades = []
@@ -70,7 +70,7 @@ def test_a_gif_has_all_frames_and_their_pace(tmp_path):
 def test_an_mp4_has_all_frames_and_their_pace(tmp_path):
     imageio = pytest.importorskip("imageio")
     pytest.importorskip("imageio_ffmpeg")
-    pictures.writer(tmp_path / "a.mp4")(tmp_path / "a.mp4", ramp(4, size=38), 10)
+    pictures.find_writer(tmp_path / "a.mp4")(tmp_path / "a.mp4", ramp(4, size=38), 10)
     with imageio.get_reader(tmp_path / "a.mp4") as reader:
         assert reader.get_meta_data()["fps"] == 10
         frames = list(reader.iter_data())
@@ -81,8 +81,8 @@ def test_an_mp4_has_all_frames_and_their_pace(tmp_path):
 def test_a_png_is_the_picture_or_a_sheet_of_the_video(tmp_path):
     from PIL import Image
 
-    pictures.writer(tmp_path / "a.png")(tmp_path / "a.png", ramp(1), 10)
-    pictures.writer(tmp_path / "b.PNG")(tmp_path / "b.PNG", ramp(9), 10)
+    pictures.find_writer(tmp_path / "a.png")(tmp_path / "a.png", ramp(1), 10)
+    pictures.find_writer(tmp_path / "b.PNG")(tmp_path / "b.PNG", ramp(9), 10)
     with Image.open(tmp_path / "a.png") as picture, Image.open(tmp_path / "b.PNG") as sheet:
         assert picture.size == (16, 16)
         assert sheet.size == (64 + 5 * (16 + 4), 20 + 16 + 4)
@@ -92,18 +92,18 @@ def test_a_name_without_ending_is_a_folder_with_every_frame_to_the_last_bit(tmp_
     from PIL import Image
 
     video = torch.rand(3, 3, 8, 8)
-    pictures.writer(tmp_path / "frames")(tmp_path / "frames", video, 10)
+    pictures.find_writer(tmp_path / "frames")(tmp_path / "frames", video, 10)
     names = sorted(path.name for path in (tmp_path / "frames").iterdir())
     assert names == ["0000.png", "0001.png", "0002.png"]
-    for name, frame in zip(names, pictures.in_bytes(video)):
+    for name, frame in zip(names, pictures.to_bytes(video)):
         with Image.open(tmp_path / "frames" / name) as picture:
             assert picture.tobytes() == frame.tobytes()
 
 
 def test_a_grey_video_is_written_in_colours():
-    assert pictures.in_bytes(torch.rand(2, 1, 4, 4)).shape == (2, 4, 4, 3)
+    assert pictures.to_bytes(torch.rand(2, 1, 4, 4)).shape == (2, 4, 4, 3)
 
 
 def test_an_ending_that_nobody_can_write_is_quoted(tmp_path):
     with pytest.raises(DitPatchError, match=r"--out: `.*x.webm`: expected .* not `.webm`"):
-        pictures.writer(tmp_path / "x.webm")
+        pictures.find_writer(tmp_path / "x.webm")

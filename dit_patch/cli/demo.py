@@ -13,6 +13,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..pipelines import demo
+    from ..pipelines.demo import run_demo
 
-    return demo.run(options.out, steps=options.steps, seed=options.seed)
+    return run_demo(options.out, steps=options.steps, seed=options.seed)

@@ -78,6 +78,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..pipelines import generate
+    from ..pipelines.generate import run_generate
 
-    return generate.run(options)
+    return run_generate(options)

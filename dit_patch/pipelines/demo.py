@@ -1,6 +1,7 @@
-"""`dit-patch demo`: two real pipelines with small random weights make a short video without and with the patches, and
-the frames are compared bit by bit; then a small trained one shows what a step cache gains and costs. It needs no
-network and no GPU, and knows of patches only `apply` and `remove`.
+"""`dit-patch demo`: generate with small pipelines, without patches and with them, and compare the frames bit by bit.
+
+Two real pipelines with random weights show the exact caches. A small trained one then shows what a step cache gains and
+costs. The demo needs no network and no GPU, and of patches it knows only `apply` and `remove`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .. import extras
 from ..upstream.verbosity import quiet_upstream
 from . import tiny_pipelines
-from .pictures import contact_sheet, difference, verdict, write_gif, write_mp4
+from .pictures import contact_sheet, difference, difference_text, write_gif, write_mp4
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Scene:
-    """One pipeline of the demo: what its files are called, how it is built from a seed, and its own call arguments."""
+    """One pipeline of the demo: the name of its files, the function that builds it from a seed, its call arguments."""
 
     name: str
     build: Callable[[int], Any]
@@ -54,14 +55,14 @@ SCENES = (
 
 @dataclass(frozen=True)
 class Generated:
-    """A video (frames, 3, height, width; 0 to 1) as the pipeline returned it; seconds of the call, and of each step."""
+    """A video (frames, 3, height, width) in [0, 1], the seconds of the call, and those of each step."""
 
     video: torch.Tensor
     seconds: float
     steps: list[float]
 
 
-def run(
+def run_demo(
     out: Path,
     *,
     steps: int = 8,
@@ -69,7 +70,7 @@ def run(
     size: tuple[int, int, int] = SIZE,
     apply: Callable[[Any], Any] | None = None,
 ) -> int:
-    """Generate with each pipeline plain, patched, and plain again; print what came of it and write what it looks like.
+    """Generate with each pipeline plain, patched, and plain again; print the comparison and write pictures and videos.
 
     Args:
         out: the directory for a picture (.png) and a video (.mp4) per pipeline; made if missing.
@@ -98,7 +99,7 @@ def run(
 
 
 def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, int], apply) -> tuple[bool, list[Path]]:
-    """Generate with and without patches and print what came of it; whether all was identical, and the files written."""
+    """Generate with and without patches, and print the comparison; return whether all was identical, and the files."""
     pipeline = scene.build(seed)
     frames, height, width = size
     print(f"{scene.name}: {type(pipeline).__name__}, random weights, {frames} frames of {height}x{width},", end=" ")
@@ -115,9 +116,9 @@ def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, 
 
     differs, remains = difference(plain.video, patched.video), difference(plain.video, removed.video)
     print(f"\n{report}\n")
-    print(f"identical: {verdict(differs, frames)}")
-    print(f"removed:   {verdict(remains, frames, same='identical again')}\n")
-    print(_seconds(plain, patched, removed), flush=True)
+    print(f"identical: {difference_text(differs, frames)}")
+    print(f"removed:   {difference_text(remains, frames, same='identical again')}\n")
+    print(_times_table(plain, patched, removed), flush=True)
 
     picture = out / f"{scene.name}.png"
     contact_sheet({"plain": plain.video, "patched": patched.video}).save(picture)
@@ -126,7 +127,7 @@ def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, 
 
 
 def _play_step_cache(out: Path, seed: int, apply) -> tuple[bool, list[Path]]:
-    """A trained model's video plain, patched and with a step cache; whether the first two are identical, a picture."""
+    """Generate plain, patched and step-cached with a trained model; return whether patches change nothing, files."""
     from . import sampling, trained_example
     from .quality import likeness
 
@@ -155,7 +156,7 @@ def _play_step_cache(out: Path, seed: int, apply) -> tuple[bool, list[Path]]:
         handle.remove()
     differs, like = difference(plain.frames, patched.frames), likeness(plain.frames, cached.frames)
     print(f"\n{report[1]}{report[2]}\n")
-    print(f"identical with the exact caches: {verdict(differs, len(plain.frames))}")
+    print(f"identical with the exact caches: {difference_text(differs, len(plain.frames))}")
     print(
         f"with the step cache: {plain.seconds / cached.seconds:.2f}x as fast in this one run, "
         f"SSIM {like.mean_ssim:.3f} (worst frame {min(like.ssim):.3f}), PSNR {like.mean_psnr:.1f} dB\n"
@@ -195,8 +196,8 @@ def _generate(scene: Scene, label: str, pipeline, steps: int, seed: int, size: t
     return Generated(video, seconds, [end - start for start, end in pairwise(moments)])
 
 
-def _seconds(plain: Generated, patched: Generated, removed: Generated) -> str:
-    """Both plain runs are shown, since they tell how much of a difference is the machine's own."""
+def _times_table(plain: Generated, patched: Generated, removed: Generated) -> str:
+    """Return the times as a table; both plain runs are in it, to show how much the machine itself varies."""
     runs = (plain, patched, removed)
     rows = [("generation", [run.seconds for run in runs]), ("fastest step", [min(run.steps) for run in runs])]
     lines = [f"{'seconds':12}{'plain':>9}{'patched':>9}{'removed':>9}"]
@@ -206,7 +207,7 @@ def _seconds(plain: Generated, patched: Generated, removed: Generated) -> str:
 
 
 def _write_video(path: Path, plain: torch.Tensor, patched: torch.Tensor) -> Path:
-    """Plain on the left, patched on the right; an animated GIF where ffmpeg does not run."""
+    """Write plain on the left, patched on the right, and return the path; a GIF if ffmpeg does not run."""
     import torch
 
     frames = torch.cat([plain, patched], dim=-1)

@@ -1,6 +1,6 @@
-"""`dit-patch generate`: a diffusers pipeline from disk or the hub, its frames, how long they took, and the report.
+"""`dit-patch generate`: load a diffusers pipeline, patch it, generate, and print timings and the report.
 
-Knows of patches only the flags. Whatever can be found wrong with the command line is, before any weights are read.
+Of patches it knows only the flags. Mistakes in the command line are found before any weights are read.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from .. import extras
 from ..errors import DitPatchError, quote
 from ..launch import flags
 from . import call_arguments, loading, pictures
+from .timed_call import Generated, generate
 
 NAMES = {
     "prompt": "prompt",
@@ -32,36 +31,31 @@ NAMES = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
 }
-"""The flags that are parameters of pipelines, and what those call them."""
-_OURS = {"generator": "--seed", "output_type": "--out", "callback_on_step_end": "the timings", "return_dict": "--out"}
+"""The parameter of a pipeline that each of these flags sets."""
+_SET_ELSEWHERE = {
+    "generator": "--seed",
+    "output_type": "--out",
+    "callback_on_step_end": "the timings",
+    "return_dict": "--out",
+}
+"""What sets parameters that `--call` may not."""
 _WARM_UP_STEPS = 2
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What one call of the pipeline made, and how long it took.
+def run_generate(options: argparse.Namespace) -> int:
+    """Generate, print timings and the report, and write the file.
 
-    `rate` is denoising steps per second after the first of `steps`, where the pipeline says when one ends; `peak` is
-    the most bytes that were allocated on a CUDA device.
+    Returns:
+        The exit status: 1 where `--compare` finds a difference although no step cache was asked for, else 0.
     """
-
-    videos: list[torch.Tensor]
-    seconds: float
-    steps: int
-    rate: float | None
-    peak: int | None
-
-
-def run(options: argparse.Namespace) -> int:
-    """Generate, print timings and report, write the file; 1 where `--compare` finds a difference that should not be."""
     choice = _choice(options)
-    _check(options)
+    _check_options(options)
     dtype, device = loading.dtype(["bfloat16", *(options.dtype or ())]), loading.device(options.device)
     if options.offload in ("model", "sequential") and device.type == "cpu":
         raise DitPatchError(
             f"--offload: {quote(options.offload)} needs an accelerator, and --device is {quote(device)}"
         )
-    call = _call(options)
+    call = _call_from(options)
     cls = loading.pipeline_class(options.model, options.revision)
     if cls is not None:
         _check_call(cls, options, call)
@@ -69,18 +63,18 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     pipeline = loading.load(options.model, dtype, variant=options.variant, revision=options.revision)
     _check_call(pipeline, options, call)
-    _place(pipeline, device, options.offload, prefetch=not choice.options["step_cache"])
+    _move(pipeline, device, options.offload, prefetch=not choice.options["step_cache"])
     _compile(pipeline, options.compile)
     print(f"{type(pipeline).__name__} on {device}, loaded in {time.perf_counter() - start:.1f} s", flush=True)
 
     plain = None
     if options.compare:
         _warm_up(pipeline, call, options.seed, device, choice)
-        plain = _generate(pipeline, call, options.seed, device, "plain")
+        plain = generate(pipeline, call, options.seed, device, "plain")
         _print_timings("plain", plain)
     handle = flags.from_args(pipeline, vars(options) | {"patch_model": choice.patch_model})
     label = "generating" if handle is None else "patched"
-    made = _generate(pipeline, call, options.seed, device, label)
+    made = generate(pipeline, call, options.seed, device, label)
     _print_timings("generated" if handle is None else "patched", made)
     print(f"\n{handle}\n" if handle is not None else "nothing patched; --patch-model does, losslessly")
 
@@ -96,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _choice(options: argparse.Namespace) -> flags.Choice:
-    """What is to be patched; `--compare` alone compares with the lossless patches."""
+    """Return what is to be patched; `--compare` alone compares with the lossless patches."""
     choice = flags.Choice.from_args(options)
     if not options.compare or choice.is_wanted:
         return choice
@@ -105,8 +99,8 @@ def _choice(options: argparse.Namespace) -> flags.Choice:
     return flags.Choice.from_args(vars(options) | {"patch_model": flags.AUTO})
 
 
-def _check(options: argparse.Namespace) -> None:
-    """What is wrong with the command line whatever the pipeline."""
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse what is wrong with the command line whatever the pipeline."""
     for name in ("height", "width", "frames", "steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -114,30 +108,30 @@ def _check(options: argparse.Namespace) -> None:
     if not options.fps > 0:
         raise DitPatchError(f"--fps: {quote(options.fps)} is not above 0")
     out = options.out or Path("dit-patch.mp4")
-    pictures.writer(out)
+    pictures.find_writer(out)
     extras.require(f"generate to {out.name}", pictures.NEEDED[out.suffix.lower()], "generate")
     if out.suffix and out.is_dir():
         raise DitPatchError(f"--out: {quote(out)} is a folder")
-    with _writing(out):
+    with _write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _call(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says the pipeline is to be called with."""
-    given = {name: getattr(options, flag) for flag, name in NAMES.items() if getattr(options, flag) is not None}
+def _call_from(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that the command line gives."""
+    call = {name: getattr(options, flag) for flag, name in NAMES.items() if getattr(options, flag) is not None}
     if options.image is not None:
-        given["image"] = _picture(options.image)
-    for name, value in call_arguments.pairs("--call", options.call).items():
-        if name in _OURS:
-            raise DitPatchError(f"--call: {quote(name)} is for {_OURS[name]} to say")
-        if name in given:
-            flag = next(flag for flag, own in NAMES.items() if own == name).replace("_", "-")
+        call["image"] = _read_picture(options.image)
+    for name, value in call_arguments.parse_pairs("--call", options.call).items():
+        if name in _SET_ELSEWHERE:
+            raise DitPatchError(f"--call: {quote(name)} is for {_SET_ELSEWHERE[name]} to say")
+        if name in call:
+            flag = next(flag for flag, parameter in NAMES.items() if parameter == name).replace("_", "-")
             raise DitPatchError(f"--call: {quote(name)} is given by --{flag} already")
-        given[name] = value
-    return given
+        call[name] = value
+    return call
 
 
-def _picture(path: Path) -> Any:
+def _read_picture(path: Path) -> Any:
     extras.require("--image", {"PIL": "pillow"}, "generate")
     from PIL import Image
 
@@ -153,14 +147,17 @@ def _check_call(pipeline: Any, options: argparse.Namespace, call: Mapping[str, A
     by_name = {
         name: f"--{flag.replace('_', '-')}" for flag, name in NAMES.items() if getattr(options, flag) is not None
     }
-    call_arguments.check(pipeline, {name: by_name.get(name, "--call") for name in call})
-    known = call_arguments.parameters(pipeline)
-    if "prompt" in known and not {"prompt", "prompt_embeds"} & set(call):
+    call_arguments.check_parameters(pipeline, {name: by_name.get(name, "--call") for name in call})
+    if "prompt" in call_arguments.parameters(pipeline) and not {"prompt", "prompt_embeds"} & set(call):
         cls = pipeline if isinstance(pipeline, type) else type(pipeline)
         raise DitPatchError(f"--prompt: {cls.__name__} takes one, and none is given")
 
 
-def _place(pipeline: Any, device: torch.device, offload: str, *, prefetch: bool) -> None:
+def _move(pipeline: Any, device: torch.device, offload: str, *, prefetch: bool) -> None:
+    """Bring the pipeline to the device, or set up offloading.
+
+    `prefetch`: load the next layer while one runs. Not with a step cache, whose skipped blocks would not load the next.
+    """
     if offload == "none":
         pipeline.to(device)
     elif offload == "model":
@@ -176,8 +173,7 @@ def _place(pipeline: Any, device: torch.device, offload: str, *, prefetch: bool)
                     component,
                     onload_device=device,
                     offload_type="leaf_level",
-                    use_stream=prefetch
-                    and device.type == "cuda",  # a step cache skips blocks that would bring the next
+                    use_stream=prefetch and device.type == "cuda",
                 )
 
 
@@ -186,9 +182,9 @@ def _compile(pipeline: Any, what: str) -> None:
     if what == "none":
         return
     denoisers = {
-        name: part
-        for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module) and name.startswith(("transformer", "unet"))
+        name: component
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module) and name.startswith(("transformer", "unet"))
     }
     if not denoisers:
         raise DitPatchError(f"--compile: {type(pipeline).__name__} has neither a transformer nor a unet")
@@ -206,9 +202,9 @@ def _compile(pipeline: Any, what: str) -> None:
 
 
 def _warm_up(pipeline: Any, call: dict[str, Any], seed: int, device: torch.device, choice: flags.Choice) -> None:
-    """A short generation with the patches, so that neither run to be compared pays for what comes first.
+    """Generate a few steps with the patches, so that neither of the runs to be compared is the first.
 
-    A patch that cannot be had is told here, and not after a whole generation.
+    A patch that is refused is refused here, and not after a whole generation.
     """
     from ..handle import apply
 
@@ -217,92 +213,11 @@ def _warm_up(pipeline: Any, call: dict[str, Any], seed: int, device: torch.devic
     handle = apply(pipeline, **choice.options)
     try:
         with warnings.catch_warnings():
-            # That two steps are too few for a step cache, or for a hit, is no news.
+            # Two steps are too few for a step cache, or for a hit: the warnings of that are no news.
             warnings.filterwarnings("ignore", message="dit_patch")
-            _generate(pipeline, call, seed, device, "warm-up")
+            generate(pipeline, call, seed, device, "warm-up")
     finally:
         handle.remove()
-
-
-def _generate(pipeline: Any, call: dict[str, Any], seed: int, device: torch.device, label: str) -> Generated:
-    pipeline.set_progress_bar_config(desc=label)
-    known = call_arguments.parameters(pipeline)
-    clock = _Clock(device)
-    asked = {"output_type": "pt", "generator": torch.Generator().manual_seed(seed)}
-    if "callback_on_step_end" in known:
-        asked["callback_on_step_end"] = clock.step_ended
-    for name in ("output_type", "generator"):
-        if name not in known:
-            del asked[name]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    _wait(device)
-    start = time.perf_counter()
-    with _explained(pipeline, call, clock):
-        result = pipeline(**call, **asked)
-    _wait(device)
-    seconds = time.perf_counter() - start
-    if getattr(result, "audio", None) is not None:
-        print("it has made sound, too, which is not written")
-    return Generated(
-        videos=pictures.videos(result),
-        seconds=seconds,
-        steps=len(clock.moments),
-        rate=clock.rate(),
-        peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    )
-
-
-@contextmanager
-def _explained(pipeline: Any, call: Mapping[str, Any], clock: _Clock) -> Iterator[None]:
-    """What a pipeline refuses before its first step ends is for the command line to change."""
-    try:
-        yield
-    except DitPatchError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise DitPatchError(
-            f"out of memory: {str(error).splitlines()[0]}\n"
-            "    --offload model or group, a narrower --dtype, or a smaller --height, --width or --frames help."
-        ) from error
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if clock.moments:
-            raise
-        said = ", ".join(f"{name}={quote(value)}" for name, value in call.items())
-        raise DitPatchError(
-            f"{type(pipeline).__name__}: {type(error).__name__}: {error or 'it says no more'}\n    Called with: {said}."
-        ) from error
-
-
-class _Clock:
-    """When each denoising step ends; on CUDA when the device gets there, which is not waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self.moments: list[Any] = []
-
-    def step_ended(self, pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        if self._cuda:
-            self.moments.append(torch.cuda.Event(enable_timing=True))
-            self.moments[-1].record()
-        else:
-            self.moments.append(time.perf_counter())
-        return tensors
-
-    def rate(self) -> float | None:
-        """Steps per second after the first, which is left out as it has the text encoder's time in it."""
-        if len(self.moments) < 2:
-            return None
-        if self._cuda:
-            seconds = sum(start.elapsed_time(end) for start, end in pairwise(self.moments)) / 1e3
-        else:
-            seconds = self.moments[-1] - self.moments[0]
-        return (len(self.moments) - 1) / seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _print_timings(label: str, made: Generated) -> None:
@@ -310,41 +225,41 @@ def _print_timings(label: str, made: Generated) -> None:
     what = f"{count} frames" if count > 1 else "a picture"
     what = f"{len(made.videos)} times {what}" if len(made.videos) > 1 else what
     steps = f", {made.steps} steps" if made.steps else ""
-    rate = f" at {made.rate:.2f} a second" if made.rate else ""
-    peak = f", at most {made.peak / 2**30:.2f} GiB on the device" if made.peak else ""
+    rate = f" at {made.steps_per_second:.2f} a second" if made.steps_per_second else ""
+    peak = f", at most {made.peak_bytes / 2**30:.2f} GiB on the device" if made.peak_bytes else ""
     print(f"{label}: {what} of {height}x{width} in {made.seconds:.2f} s{steps}{rate}{peak}", flush=True)
 
 
 def _compare(plain: Generated, patched: Generated, *, lossless: bool) -> bool:
-    """Print whether the frames differ, and how long each run took; whether they do."""
-    found = False
+    """Print whether the frames differ, and how long each run took; return whether they differ."""
+    any_differs = False
     for one, other in zip(plain.videos, patched.videos, strict=True):
         if one.shape != other.shape:
             raise DitPatchError(f"plain is {tuple(one.shape)}, patched {tuple(other.shape)}")
         differs = pictures.difference(one, other)
         expected = "" if lossless or differs is None else " (as a step cache was asked for)"
-        print(f"identical: {pictures.verdict(differs, len(one))}{expected}")
-        found = found or differs is not None
+        print(f"identical: {pictures.difference_text(differs, len(one))}{expected}")
+        any_differs = any_differs or differs is not None
     print(
         f"plain {plain.seconds:.2f} s, patched {patched.seconds:.2f} s: {plain.seconds / patched.seconds:.2f}x as fast "
         "(one run each, one after the other, after a warm-up)"
     )
-    return found
+    return any_differs
 
 
 def _write(out: Path, videos: list[torch.Tensor], fps: float) -> list[Path]:
-    """Write each video; several get a number in their names."""
-    write = pictures.writer(out)
+    """Write each video, and return the paths; several videos get numbers in their names."""
+    write = pictures.find_writer(out)
     paths = [out.with_name(f"{out.stem}-{number}{out.suffix}") for number, _ in enumerate(videos)]
     paths = [out] if len(videos) == 1 else paths
     for path, video in zip(paths, videos):
-        with _writing(path):
+        with _write_errors(path):
             write(path, video, fps)
     return paths
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

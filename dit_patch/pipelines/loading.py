@@ -1,7 +1,7 @@
-"""Loads a diffusers pipeline for a command line: a folder or hub id, a dtype, a device; and what to do if it fails.
+"""Load a diffusers pipeline for a command line, from a folder or the hub, and read its dtypes and device.
 
-Knows nothing of patches. The hub's own errors are a page of traceback each; here every one becomes a sentence that says
-what was asked for, what went wrong, and how to do it without network.
+The hub's own errors are a page of traceback each. Here every one becomes a message that says what was asked for, what
+went wrong, and how to do it without network. This module knows nothing of patches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import DitPatchError, quote, suggest
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _NEEDED = {"diffusers": "diffusers", "transformers": "transformers", "accelerate": "accelerate"}
-_REACHED_NOTHING = {
+_UNREACHABLE = {
     "OfflineModeIsEnabled",
     "LocalEntryNotFoundError",
     "ConnectionError",
@@ -34,33 +34,35 @@ _REACHED_NOTHING = {
 
 
 def dtype(words: str | Iterable[str], flag: str = "--dtype") -> torch.dtype | dict[str, torch.dtype]:
-    """A dtype by its name in torch; or one for each component, from `NAME=DTYPE` words, with or without one for all.
+    """Return a dtype by its name in torch, or a dtype for each component from `NAME=DTYPE` words.
+
+    A word without NAME is for all other components.
 
     Raises:
         DitPatchError: torch has no such dtype to load weights in.
     """
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for word in [words] if isinstance(words, str) else words:
         component, _, name = word.rpartition("=")
-        found[component or "default"] = one_dtype(name, flag, word)
-    return found["default"] if set(found) == {"default"} else found
+        dtypes[component or "default"] = one_dtype(name, flag, word)
+    return dtypes["default"] if set(dtypes) == {"default"} else dtypes
 
 
 def one_dtype(name: str, flag: str = "--dtype", word: str | None = None) -> torch.dtype:
-    """A floating point dtype by its name in torch; `word` is what the user wrote, where that is more.
+    """Return a floating point dtype by its name in torch; `word` is what the user wrote, if that is more.
 
     Raises:
         DitPatchError: torch has no such dtype to load weights in.
     """
-    kind = getattr(torch, name, None)
-    if isinstance(kind, torch.dtype) and kind.is_floating_point:
-        return kind
-    why = "is not a floating point dtype" if isinstance(kind, torch.dtype) else "is no dtype of torch"
+    dtype = getattr(torch, name, None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    why = "is not a floating point dtype" if isinstance(dtype, torch.dtype) else "is no dtype of torch"
     raise DitPatchError(f"{flag}: {quote(word or name)} {why}{suggest(name, DTYPES)}\n    Usual: {', '.join(DTYPES)}.")
 
 
 def device(word: str | None, flag: str = "--device") -> torch.device:
-    """A device that is there; where none is said, the GPU if there is one.
+    """Return the device of that name, which was tried; by default the GPU if there is one.
 
     Raises:
         DitPatchError: torch has no such device, or it is not on this machine.
@@ -81,16 +83,18 @@ def device(word: str | None, flag: str = "--device") -> torch.device:
 
 
 def pipeline_class(model: str, revision: str | None = None) -> type | None:
-    """The class of a pipeline by its `model_index.json` alone, before any weights are read; None where it is unusual.
+    """Return the class that a pipeline's `model_index.json` names; None if it is not one of diffusers'.
+
+    No weights are read.
 
     Raises:
-        DitPatchError: there is no pipeline to be had.
+        DitPatchError: there is no such pipeline, or it cannot be reached.
     """
     extras.require("loading a pipeline", _NEEDED, "generate")
     import diffusers
 
     with _explained(model):
-        index = diffusers.DiffusionPipeline.load_config(_place(model), **_asked(revision=revision))
+        index = diffusers.DiffusionPipeline.load_config(_folder_or_id(model), **_without_none(revision=revision))
     name = index.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) else None
@@ -103,7 +107,7 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """The pipeline, on the CPU.
+    """Load the pipeline to the CPU.
 
     Raises:
         DitPatchError: it cannot be loaded; the message says why, and what to do without network.
@@ -115,22 +119,22 @@ def load(
     from diffusers import DiffusionPipeline
 
     with _explained(model), warnings.catch_warnings():
-        # `dtype`, as newer versions would rather have it, says nothing to older ones.
+        # Newer versions prefer `dtype`, which older ones do not know.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         return DiffusionPipeline.from_pretrained(
-            _place(model), torch_dtype=dtype, **_asked(variant=variant, revision=revision)
+            _folder_or_id(model), torch_dtype=dtype, **_without_none(variant=variant, revision=revision)
         )
 
 
-def _asked(**options: Any) -> dict[str, Any]:
+def _without_none(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _place(model: str) -> str:
-    """Where to load from: what looks like a path is not asked of the hub.
+def _folder_or_id(model: str) -> str:
+    """Return the folder or the hub id to load from; what looks like a path is not looked for on the hub.
 
     Raises:
-        DitPatchError: it looks like a path and there is none.
+        DitPatchError: it looks like a path, and there is no such folder.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -150,7 +154,7 @@ _LOCAL = (
 
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
-    """Whatever loading raises, as one error in this project's words."""
+    """Turn whatever loading raises into a `DitPatchError` with an explanation."""
     try:
         yield
     except DitPatchError:
@@ -160,40 +164,40 @@ def _explained(model: str) -> Iterator[None]:
 
 
 def _explanation(model: str, error: Exception) -> str:
-    """What went wrong and what to do: by the kinds of error, which the hub's clients agree on, not by their texts."""
+    """Return what went wrong and what to do, by the names of error classes, which the hub's clients agree on."""
     kinds = {cls.__name__ for each in _chain(error) for cls in type(each).__mro__}
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    here = f"--model: {quote(model)} cannot be loaded: "
+    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    start = f"--model: {quote(model)} cannot be loaded: "
     if isinstance(error, ImportError):
-        return f"{here}{said}"
+        return f"{start}{message}"
     if Path(model).expanduser().is_dir():
-        return f"{here}{said}{_LOCAL}"
+        return f"{start}{message}{_LOCAL}"
     offline = (
         f"\n    Offline: `hf download {model} --local-dir DIR` on a machine with network, bring DIR here, and say "
         "--model DIR.\n    What is in this machine's cache already is used without network under HF_HUB_OFFLINE=1."
     )
     if "GatedRepoError" in kinds:
         page = f"https://huggingface.co/{model}"
-        return f"{here}it is gated. Accept its terms at {page}, then `hf auth login`, or set HF_TOKEN.{offline}"
+        return f"{start}it is gated. Accept its terms at {page}, then `hf auth login`, or set HF_TOKEN.{offline}"
     if "RevisionNotFoundError" in kinds:
-        return f"{here}the hub has no such --revision of it.{offline}"
+        return f"{start}the hub has no such --revision of it.{offline}"
     if "RepositoryNotFoundError" in kinds:
         return (
-            f"{here}the hub has no repository of that name, or only for those who are logged in (`hf auth login`), and "
-            f"there is no such folder here.{offline}"
+            f"{start}the hub has no repository of that name, or only for those who are logged in (`hf auth login`), "
+            f"and there is no such folder here.{offline}"
         )
-    if kinds & _REACHED_NOTHING:
+    if kinds & _UNREACHABLE:
         how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
-        return f"{here}{how}, it is not in this machine's cache, and there is no such folder here.{offline}"
+        return f"{start}{how}, it is not in this machine's cache, and there is no such folder here.{offline}"
     if "EntryNotFoundError" in kinds:
-        return f"{here}it lacks a file that a diffusers pipeline has: {said}{offline}"
+        return f"{start}it lacks a file that a diffusers pipeline has: {message}{offline}"
     if "HTTPError" in kinds or "HfHubHTTPError" in kinds:
-        return f"{here}the hub refused: {said}{offline}"
-    return f"{here}{said}{offline}"
+        return f"{start}the hub refused: {message}{offline}"
+    return f"{start}{message}{offline}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that led to it; diffusers puts one of its own around the hub's."""
+    """Yield the error and all that caused it: diffusers wraps the hub's errors into its own."""
     seen: set[int] = set()
     each: BaseException | None = error
     while each is not None and id(each) not in seen:

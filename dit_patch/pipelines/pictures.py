@@ -1,6 +1,6 @@
-"""Videos and pictures as tensors (frames, 3, height, width; 0 to 1): whether two are equal, and how one is written.
+"""Videos and pictures as tensors (frames, 3, height, width) in [0, 1]: compare two, and write them to files.
 
-Knows nothing of pipelines but what they return, and nothing of patches; imports no torch before it is used.
+This module knows nothing of patches, and of pipelines only what they return. It imports no torch before it is used.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FRAMES_PER_SECOND = 8
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two videos part: the first frame that differs, and the largest difference of any value in all frames."""
+    """How two videos differ: the first frame that does, and the largest difference of a value in all frames."""
 
     frame: int
     largest: float
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> Difference | None:
-    """Where two videos of one size part, or None if they have the same bits."""
+    """Return how two videos of one size differ, or None if they have the same bits."""
     import torch
 
     same = (first.contiguous().view(torch.uint8) == second.contiguous().view(torch.uint8)).flatten(1).all(1)
@@ -37,40 +37,40 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> Difference | None:
     return Difference(frame=int(same.int().argmin()), largest=float((first - second).abs().max()))
 
 
-def verdict(differs: Difference | None, frames: int, same: str = "yes") -> str:
-    """A difference in words, `same` where there is none."""
+def difference_text(differs: Difference | None, frames: int, same: str = "yes") -> str:
+    """Return a difference in words, or `same` if there is none."""
     if differs is None:
         return same
     return f"no, first in frame {differs.frame} of {frames}; largest difference {differs.largest:.3g}"
 
 
 def videos(result: Any, error: type[DitPatchError] = DitPatchError) -> list[torch.Tensor]:
-    """The videos in what a diffusers pipeline returned with `output_type="pt"`: float32, on the CPU.
+    """Return the videos in what a diffusers pipeline returned with `output_type="pt"`: float32, on the CPU.
 
-    A picture is a video of one frame.
+    A picture becomes a video of one frame.
 
     Raises:
-        DitPatchError: or `error`; it has neither frames nor images, or not as a tensor.
+        DitPatchError: or `error`; the result has neither frames nor images, or not as a tensor.
     """
     import torch
 
-    made = getattr(result, "frames", None)
-    if made is None:
-        made = getattr(result, "images", None)
-    if not isinstance(made, torch.Tensor) or made.dim() not in (4, 5):
+    tensor = getattr(result, "frames", None)
+    if tensor is None:
+        tensor = getattr(result, "images", None)
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() not in (4, 5):
         raise error(
-            f"expected a pipeline's frames or images as a tensor, got {type(made).__name__}; only diffusers' pipelines "
-            'that know output_type="pt" can be used'
+            f"expected a pipeline's frames or images as a tensor, got {type(tensor).__name__}; only diffusers' "
+            'pipelines that know output_type="pt" can be used'
         )
-    made = made.detach().float().cpu()
-    return list(made if made.dim() == 5 else made.unsqueeze(1))
+    tensor = tensor.detach().float().cpu()
+    return list(tensor if tensor.dim() == 5 else tensor.unsqueeze(1))
 
 
 def contact_sheet(rows: dict[str, torch.Tensor], columns: int = 5) -> Image.Image:
-    """One row per labelled video: `columns` frames from the first to the last."""
+    """Return a picture with a row for each labelled video: `columns` frames from the first to the last."""
     from PIL import Image, ImageDraw
 
-    rows = {label: in_bytes(frames) for label, frames in rows.items()}
+    rows = {label: to_bytes(frames) for label, frames in rows.items()}
     count, height, width, _ = next(iter(rows.values())).shape
     columns = min(columns, count)
     chosen = [round(column * (count - 1) / max(columns - 1, 1)) for column in range(columns)]
@@ -88,36 +88,36 @@ def contact_sheet(rows: dict[str, torch.Tensor], columns: int = 5) -> Image.Imag
 
 
 def write_mp4(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECOND) -> None:
-    """H.264; a side of odd length is rounded up by the encoder."""
+    """Write H.264; the encoder rounds a side of odd length up."""
     import imageio
 
     with imageio.get_writer(path, fps=fps, quality=8, macro_block_size=2) as writer:
-        for frame in in_bytes(frames):
+        for frame in to_bytes(frames):
             writer.append_data(frame)
 
 
 def write_gif(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECOND) -> None:
-    """An animation without end; GIF counts in hundredths of a second."""
+    """Write an animation that repeats for ever; GIF counts time in hundredths of a second."""
     from PIL import Image
 
-    first, *rest = map(Image.fromarray, in_bytes(frames))
+    first, *rest = map(Image.fromarray, to_bytes(frames))
     first.save(path, save_all=True, append_images=rest, duration=10 * max(1, round(100 / fps)), loop=0)
 
 
 def write_png(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECOND) -> None:
-    """The picture where there is one, else a contact sheet."""
+    """Write the picture if there is one frame, else a contact sheet."""
     from PIL import Image
 
-    sheet = Image.fromarray(in_bytes(frames)[0]) if len(frames) == 1 else contact_sheet({"": frames})
+    sheet = Image.fromarray(to_bytes(frames)[0]) if len(frames) == 1 else contact_sheet({"": frames})
     sheet.save(path)
 
 
 def write_folder(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECOND) -> None:
-    """Every frame as a .png of its own, numbered from 0."""
+    """Write every frame as a .png of its own, numbered from 0."""
     from PIL import Image
 
     path.mkdir(parents=True, exist_ok=True)
-    for number, frame in enumerate(in_bytes(frames)):
+    for number, frame in enumerate(to_bytes(frames)):
         Image.fromarray(frame).save(path / f"{number:04}.png")
 
 
@@ -133,14 +133,14 @@ NEEDED = {
     ".png": {"PIL": "pillow"},
     "": {"PIL": "pillow"},
 }
-"""What each of `WRITERS` imports, and the packages that bring it."""
+"""The modules that each of `WRITERS` imports, and the packages that bring them."""
 
 
-def writer(path: Path, flag: str = "--out") -> Callable[..., None]:
-    """What writes a video to a file that is called so: `writer(path)(path, frames, fps)`.
+def find_writer(path: Path, flag: str = "--out") -> Callable[..., None]:
+    """Return the function that writes files with that ending: `find_writer(path)(path, frames, fps)`.
 
     Raises:
-        DitPatchError: there is none for that ending.
+        DitPatchError: there is none.
     """
     try:
         return WRITERS[path.suffix.lower()]
@@ -151,7 +151,7 @@ def writer(path: Path, flag: str = "--out") -> Callable[..., None]:
         ) from None
 
 
-def in_bytes(video: torch.Tensor):
-    """A video as a uint8 array (frames, height, width, 3); a grey one becomes RGB."""
+def to_bytes(video: torch.Tensor):
+    """Return a video as a uint8 array (frames, height, width, 3); a grey one becomes RGB."""
     video = video.expand(-1, 3, -1, -1) if video.shape[1] == 1 else video
     return (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

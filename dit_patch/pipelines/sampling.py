@@ -60,7 +60,7 @@ def device_of(pipeline: Any) -> torch.device:
 
 def check_call(pipeline: Any, call: dict[str, Any]) -> None:
     """Refuse what the pipeline does not take, before anything is generated."""
-    call_arguments.check(pipeline, dict.fromkeys(call, ""), StepCacheError)
+    call_arguments.check_parameters(pipeline, dict.fromkeys(call, ""), StepCacheError)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""Small but real diffusers pipelines with random weights, built offline: every component is of the class that the
-released model uses (tokenizers included, trained here on a few sentences), only smaller, so a prompt goes in and frames
-come out. `demo` and the tests generate with them. Nothing here knows of patches.
+"""Small but real diffusers pipelines with random weights, built offline.
+
+Every component has the class that the released model uses, only smaller; tokenizers are trained here on a few
+sentences. A prompt goes in, and frames come out. `demo` and the tests use them. Nothing here knows of patches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LLAMA3_WORDS = (
 
 
 def wan_pipeline(seed: int = 0, **transformer_config):
-    """A Wan 2.1 text-to-video `WanPipeline`: 16 latent channels, 8x smaller in space and 4x in time than the frames.
+    """Build a Wan 2.1 text-to-video `WanPipeline`: 16 latent channels, 8x smaller than the frames in space, 4x in time.
 
     `transformer_config` overrides arguments of `WanTransformer3DModel`: 8 blocks of 4 heads with 64 channels.
     """
@@ -35,7 +36,7 @@ def wan_pipeline(seed: int = 0, **transformer_config):
 
 
 def wan22_pipeline(seed: int = 0, boundary_ratio: float = 0.875, **transformer_config):
-    """A Wan 2.2 `WanPipeline`: `transformer` denoises from timestep `boundary_ratio` * 1000 up, `transformer_2` below.
+    """Build a Wan 2.2 `WanPipeline`: `transformer` runs from timestep `boundary_ratio` * 1000, `transformer_2` below.
 
     Two different sets of random weights; `transformer_config` overrides arguments of both.
     """
@@ -45,7 +46,7 @@ def wan22_pipeline(seed: int = 0, boundary_ratio: float = 0.875, **transformer_c
 
 
 def hunyuan_video_pipeline(seed: int = 0, **transformer_config):
-    """A `HunyuanVideoPipeline` with embedded guidance: 16 latent channels, 8x smaller in space and 4x in time.
+    """Build a `HunyuanVideoPipeline` with embedded guidance: 16 latent channels, 8x smaller in space and 4x in time.
 
     `transformer_config` overrides arguments of `HunyuanVideoTransformer3DModel`: 3 double and 5 single blocks of 8
     heads with 32 channels. The tokenizer splits the start of the pipeline's prompt template, as the released one does,
@@ -67,7 +68,7 @@ def hunyuan_video_pipeline(seed: int = 0, **transformer_config):
 
 
 def t5_tokenizer(text: Iterable[str] = TRAINING_TEXT):
-    """A T5 tokenizer (Unigram) of some hundred pieces, trained on `text`; ends each text with `</s>`."""
+    """Train a T5 tokenizer (Unigram) of some hundred pieces on `text`; it ends each text with `</s>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import T5TokenizerFast
 
@@ -84,7 +85,7 @@ def t5_tokenizer(text: Iterable[str] = TRAINING_TEXT):
 
 
 def llama3_tokenizer():
-    """A byte-level BPE tokenizer that splits words as Llama 3's does; starts each text with `<|begin_of_text|>`."""
+    """Train a byte-level BPE tokenizer that splits words as Llama 3's; each text starts with `<|begin_of_text|>`."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +111,7 @@ def llama3_tokenizer():
 
 
 def clip_tokenizer():
-    """A CLIP tokenizer (byte-level BPE, lower case) for at most 77 tokens."""
+    """Train a CLIP tokenizer (byte-level BPE, lower case) for at most 77 tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPTokenizerFast
 
@@ -180,7 +181,7 @@ def _wan_vae():
 
 
 def umt5_encoder(tokenizer):
-    """A UMT5 encoder of width 64 with random weights."""
+    """Build a UMT5 encoder of width 64 with random weights."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(vocab_size=len(tokenizer), num_layers=2, d_model=64, num_heads=4, d_kv=16, d_ff=128)
@@ -245,7 +246,7 @@ def _clip_encoder(tokenizer):
 
 
 def _with_smooth_decoder(vae):
-    """Convolutions with torch's random start turn latents into grey specks; smooth kernels leave coloured shapes."""
+    """Make the decoder's kernels smooth: torch's random ones turn latents into grey specks, not coloured shapes."""
     import torch
 
     bump = torch.tensor([1.0, 2.0, 1.0])
@@ -264,7 +265,7 @@ def _image_kernels(module) -> Iterator:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers start at `seed`; the caller's go on afterwards as if nothing had happened."""
+    """Seed torch's random numbers inside; the caller's go on afterwards as if nothing had happened."""
     import torch
 
     with torch.random.fork_rng():

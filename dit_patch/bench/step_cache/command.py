@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
             pipeline,
             prompts,
             configs,
-            {**call, **call_arguments.pairs("--call", options.call, error=StepCacheError)},
+            {**call, **call_arguments.parse_pairs("--call", options.call, error=StepCacheError)},
             steps=options.steps,
             seed=options.seed,
             repeats=options.repeats,
@@ -61,7 +61,8 @@ def _configs(options: argparse.Namespace, knobs: Mapping[str, Any]) -> dict[str,
 
 
 def _knobs(words: list[str]) -> dict[str, Any]:
-    found = call_arguments.pairs("--set", words, as_text=("mask",), error=StepCacheError)  # 1011 is not a number here
+    # A mask such as 1011 is no number.
+    found = call_arguments.parse_pairs("--set", words, as_text=("mask",), error=StepCacheError)
     for name in found:
         if name not in KNOBS:
             raise StepCacheError(f"--set: no knob {quote(name)}{suggest(name, KNOBS)}\n    Knobs: {', '.join(KNOBS)}.")

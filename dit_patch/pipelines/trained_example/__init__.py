@@ -1,7 +1,7 @@
-"""A small Wan that was really trained: clips of one coloured shape moving across the frame, from prompts that say so.
+"""A small Wan that was really trained: its clips show one coloured shape moving, as the prompt says.
 
-With random weights neither the speed nor the quality of step caching means anything: the residuals of an untrained
-model say nothing about those of a trained one. This is a real `WanPipeline` around a real `WanTransformer3DModel`,
+Random weights cannot show the speed or the quality of step caching: the residuals of an untrained model say nothing
+about those of a trained one. This is a real `WanPipeline` around a real `WanTransformer3DModel`,
 small enough to be trained in minutes on a CPU (`python -m dit_patch.pipelines.trained_example.train`) and to ship.
 Only the VAE is not one: it rearranges 2x2 pixels into channels, so that every pixel is the transformer's own.
 """
@@ -24,11 +24,11 @@ SIZE, FRAMES, TEXT_TOKENS = 32, 6, 16
 # The pipeline makes one frame for each `scale_factor_temporal`, here 1, and one more.
 CALL = {"height": SIZE, "width": SIZE, "num_frames": FRAMES - 1, "max_sequence_length": TEXT_TOKENS}
 CALL["guidance_scale"] = 3.0
-"""What to call the pipeline with: the sizes that it was trained at."""
+"""Call arguments of the pipeline: the sizes that it was trained at."""
 
 
 class PixelVAE(ModelMixin, ConfigMixin):
-    """Stands where a VAE does, and loses nothing: pixels (B, 3, F, 2h, 2w) in [-1, 1] to latents (B, 12, F, h, w)."""
+    """A lossless stand-in for a VAE: pixels (B, 3, F, 2h, 2w) in [-1, 1] to latents (B, 12, F, h, w)."""
 
     @register_to_config
     def __init__(self) -> None:
@@ -36,24 +36,24 @@ class PixelVAE(ModelMixin, ConfigMixin):
         self.register_to_config(
             z_dim=12, latents_mean=[0.0] * 12, latents_std=[1.0] * 12, scale_factor_temporal=1, scale_factor_spatial=2
         )
-        self.register_buffer("device_and_dtype", torch.zeros(1), persistent=False)  # which pipelines ask for
+        self.register_buffer("device_and_dtype", torch.zeros(1), persistent=False)  # pipelines ask for both
 
     def decode(self, latents, return_dict: bool = True):
-        """Pixels (B, 3, F, 2h, 2w) of latents (B, 12, F, h, w)."""
+        """Return pixels (B, 3, F, 2h, 2w) of latents (B, 12, F, h, w)."""
         b, _, f, h, w = latents.shape
         pixels = latents.view(b, 3, 2, 2, f, h, w).permute(0, 1, 4, 5, 2, 6, 3).reshape(b, 3, f, 2 * h, 2 * w)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     @staticmethod
     def encode(pixels):
-        """Latents (B, 12, F, h, w) of pixels (B, 3, F, 2h, 2w)."""
+        """Return latents (B, 12, F, h, w) of pixels (B, 3, F, 2h, 2w)."""
         b, _, f, height, width = pixels.shape
         parts = pixels.view(b, 3, f, height // 2, 2, width // 2, 2)
         return parts.permute(0, 1, 4, 6, 2, 3, 5).reshape(b, 12, f, height // 2, width // 2)
 
 
 def pipeline():
-    """The trained `WanPipeline`; call it with a prompt of `PROMPTS` and `CALL`."""
+    """Load the trained `WanPipeline`; call it with a prompt of `PROMPTS` and `CALL`."""
     from diffusers import WanPipeline
 
     return WanPipeline.from_pretrained(HERE, vae=PixelVAE(), local_files_only=True)

@@ -30,7 +30,7 @@ SUPER = 3  # samples per pixel and axis, for smooth edges
 
 
 def clip(prompt: str, generator: torch.Generator) -> torch.Tensor:
-    """A clip for a prompt, float32 (3, FRAMES, SIZE, SIZE) in [-1, 1]: place, size and speed are drawn."""
+    """Return a clip for a prompt, float32 (3, FRAMES, SIZE, SIZE) in [-1, 1], with random place, size and speed."""
     _, colour, shape, _, way = prompt.split()
     radius, speed, *place = torch.rand(4, generator=generator).tolist()
     radius, speed = 5 + 3 * radius, 1.5 + 1.5 * speed
@@ -42,14 +42,14 @@ def clip(prompt: str, generator: torch.Generator) -> torch.Tensor:
             room = SIZE - 2 * radius - abs(sign) * path
             start = radius + place[axis] * max(room, 0) + (path if sign < 0 else 0)
             at.append(start + sign * speed * frame)
-        frames.append(_drawn(shape, at, radius))
+        frames.append(_draw(shape, at, radius))
     inside = torch.stack(frames)
     back = torch.tensor([-0.9, -0.9, -0.85]).view(3, 1, 1, 1)
     return back + (torch.tensor(COLOURS[colour]).view(3, 1, 1, 1) - back) * inside
 
 
-def _drawn(shape: str, at: list[float], radius: float) -> torch.Tensor:
-    """How much of each pixel the shape covers, (SIZE, SIZE) in [0, 1]."""
+def _draw(shape: str, at: list[float], radius: float) -> torch.Tensor:
+    """Return how much of each pixel the shape covers, (SIZE, SIZE) in [0, 1]."""
     line = (torch.arange(SIZE * SUPER) + 0.5) / SUPER
     y, x = line[:, None] - at[0], line[None, :] - at[1]
     if shape == "circle":
@@ -62,7 +62,7 @@ def _drawn(shape: str, at: list[float], radius: float) -> torch.Tensor:
 
 
 def build(seed: int) -> WanPipeline:
-    """The untrained pipeline."""
+    """Build the untrained pipeline."""
     torch.manual_seed(seed)
     tokenizer = t5_tokenizer((*PROMPTS, "", ", ".join((*COLOURS, *SHAPES, *DIRECTIONS))))
     transformer = WanTransformer3DModel(
@@ -79,7 +79,7 @@ def build(seed: int) -> WanPipeline:
 
 
 def train(pipeline: WanPipeline, steps: int, seed: int, rate: float = 1.5e-3) -> None:
-    """Train `pipeline.transformer` in place; the weights that it ends with are averaged over the last steps."""
+    """Train `pipeline.transformer` in place; its final weights are averaged over the last steps."""
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.cat([_embeds(pipeline, [prompt]) for prompt in PROMPTS])
     nothing = _embeds(pipeline, [""])
