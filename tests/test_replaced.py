@@ -34,6 +34,13 @@ def test_a_replacement_is_held_to_the_original_once_for_each_signature(patched, 
     assert toys.row(handle, "time.forward").notes == () or key
 
 
+def test_a_replacement_that_is_off_for_another_signature_is_caught_there(patched):
+    model, plain, _ = patched(use("toys:sinusoid_off_for_one_sample"))
+    agree(model, plain, toys.inputs(), toys.inputs())
+    with pytest.warns(UserWarning, match="is not equal to the original here"):
+        agree(model, plain, toys.inputs() | {"t": torch.tensor([1.0])})
+
+
 def test_a_replacement_that_is_one_bit_off_is_caught_and_the_original_used(patched):
     model, plain, handle = patched(use(OFF))
     with pytest.warns(UserWarning, match=f"{OFF} is not equal to the original here; the original is used") as seen:
