@@ -22,7 +22,6 @@ LARGER_CLASSES: dict[str, str] = {
     "report/rows.py:SiteStats": "a row of the report, which users read by these names",
     "spec/model.py:Site": "what a spec may say of a site",
     "step_cache/config.py:StepCache": "the knobs that users turn",
-    "memo/guards.py:_Known": "parallel lists, to become guards",
     "bench/rotary/rows.py:Row": "a row of the CSV",
     "bench/step_cache/harness.py:Summary": "a row of the CSV",
 }

@@ -9,7 +9,7 @@ import torch
 import toys
 from toys import EMBED, TABLE, agree, counts
 
-from dit_patch.memo import keys
+from dit_patch.memo import context
 from dit_patch.spec.fingerprint import fingerprint
 from dit_patch.upstream import torch_internals
 
@@ -21,11 +21,11 @@ GOOD = "toys:good_sinusoid"
 def cuda(monkeypatch):
     """A current CUDA stream, by number, and whether a graph is being captured on it."""
     state = types.SimpleNamespace(stream=1, capturing=False)
-    for module in (keys, torch_internals):
+    for module in (context, torch_internals):
         monkeypatch.setattr(module, "is_cuda_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(keys, "raw_stream", lambda device: state.stream)
+    monkeypatch.setattr(context, "raw_stream", lambda device: state.stream)
     return state
 
 

@@ -152,7 +152,7 @@ def waits(counts: Counts) -> Counter:
 
 def count_in_sites(monkeypatch, accelerator) -> Counts:
     """What the device is asked for, from now on, by code whose results dit_patch keeps; it still counts as before."""
-    timed, found = Memo.timed, Counts()
+    timed, found = Memo.time, Counts()
 
     def counted(memo, compute):
         before = accelerator.take()
@@ -162,7 +162,7 @@ def count_in_sites(monkeypatch, accelerator) -> Counts:
         accelerator.counts = before
         return result
 
-    monkeypatch.setattr(Memo, "timed", counted)
+    monkeypatch.setattr(Memo, "time", counted)
     return found
 
 

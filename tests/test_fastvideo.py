@@ -12,7 +12,7 @@ import dit_patch
 from dit_patch.contribute import verify
 from dit_patch.hosts import fastvideo as host
 from dit_patch.memo.keys import same_bits
-from dit_patch.memo.store import map_tensors
+from dit_patch.memo.results import map_tensors
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
 

@@ -10,12 +10,13 @@ import torch
 import toys
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dit_patch.memo.guards import State, numerics
+from dit_patch.memo.guards import numerics
 from dit_patch.memo.keys import Uncacheable
+from dit_patch.memo.module_guards import ModuleGuards
 
 
 def state(module, **options):
-    return State([module], module, **options)
+    return ModuleGuards([module], module, **options)
 
 
 class Both(torch.nn.Module):
@@ -303,7 +304,7 @@ def test_a_merge_of_fastvideo_s_lora_is_seen_by_the_layer_s_own_flag():
             self.merged, self.disable_lora, self.lora_alpha, self.lora_strength = False, False, 4, 1.0
 
     model = torch.nn.Sequential(Layer()).eval().requires_grad_(False)
-    state = State([model], model)
+    state = ModuleGuards([model], model)
     epoch = state.epoch()
     assert state.epoch() == epoch
     changes = [("merged", True), ("lora_strength", 0.5), ("lora_alpha", 2), ("disable_lora", True), ("merged", False)]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_patch.errors import SiteError
-from dit_patch.memo.keys import Content, Pins, Plan, Uncacheable, ambient, same_bits
+from dit_patch.memo.context import context_key
+from dit_patch.memo.keys import Content, Dependencies, Plan, Uncacheable, same_bits
 
 NAMES = ("x", "y", "z")
 
@@ -247,9 +248,9 @@ def test_a_tensor_that_autograd_records_is_passed_through(facet):
 
 def test_a_followed_tensor_is_alive_as_long_as_any_view_of_it_and_not_kept_so():
     tensor = torch.ones(4)
-    plan, pins = Plan(NAMES, {"x": ("identity",)}, "f"), Pins()
-    plan.parts((tensor,), {}, None, pins)
-    (alive,) = pins.alive
+    plan, dependencies = Plan(NAMES, {"x": ("identity",)}, "f"), Dependencies()
+    plan.parts((tensor,), {}, None, dependencies)
+    (alive,) = dependencies.alive
     view, gone = torch.empty(0).set_(tensor.untyped_storage()), weakref.ref(tensor)
     del tensor
     assert gone() is None and alive()
@@ -258,13 +259,16 @@ def test_a_followed_tensor_is_alive_as_long_as_any_view_of_it_and_not_kept_so():
 
 
 def test_only_what_counts_by_identity_is_followed():
-    plan, pins = Plan(NAMES, {"x": ("shape",), "y": ("values",), "z": ("shape", "identity")}, "f"), Pins()
-    plan.parts((torch.ones(1), torch.ones(1)), {"z": [torch.ones(1), torch.ones(1)]}, None, pins)
-    assert len(pins.alive) == 2
+    plan, dependencies = (
+        Plan(NAMES, {"x": ("shape",), "y": ("values",), "z": ("shape", "identity")}, "f"),
+        Dependencies(),
+    )
+    plan.parts((torch.ones(1), torch.ones(1)), {"z": [torch.ones(1), torch.ones(1)]}, None, dependencies)
+    assert len(dependencies.alive) == 2
 
 
 def test_the_address_of_a_freed_tensor_never_stands_for_a_new_one(tmp_path):
-    # Without pins, keys of freed timesteps met a different value in 111 of 200 trials.
+    # Without dependencies, keys of freed timesteps met a different value in 111 of 200 trials.
     model = toys.build()
     site = "- {at: time.forward, kind: timestep, key: {t: [identity]}}"
     handle = toys.patch(model, tmp_path, site, check="never")
@@ -352,31 +356,31 @@ def test_same_bits_of_every_dtype(dtype):
 
 
 def test_autocast_and_its_dtype_count():
-    around = [ambient()]
+    around = [context_key()]
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
-            around.append(ambient())
+            around.append(context_key())
             with torch.autocast("cpu", enabled=False):
-                assert ambient() in (around[0], ((), None, None))
+                assert context_key() in (around[0], ((), None, None))
     assert len(set(around)) == 3
 
 
 def test_grad_mode_does_not_count():
     with torch.no_grad():
-        without = ambient()
+        without = context_key()
     with torch.inference_mode():
-        assert ambient() == without == ambient()
+        assert context_key() == without == context_key()
 
 
 def test_under_fake_tensors_nothing_is_kept():
     with FakeTensorMode(), pytest.raises(Uncacheable, match="fake tensors"):
-        ambient()
+        context_key()
 
 
 def test_inside_a_functorch_transform_nothing_is_kept():
     def function(x):
         with pytest.raises(Uncacheable, match="functorch"):
-            ambient()
+            context_key()
         return x
 
     torch.func.vmap(function)(torch.ones(2))
@@ -385,7 +389,7 @@ def test_inside_a_functorch_transform_nothing_is_kept():
 def test_under_jit_tracing_nothing_is_kept():
     def function(x):
         with pytest.raises(Uncacheable, match="tracing"):
-            ambient()
+            context_key()
         return x + 1
 
     torch.jit.trace(function, (torch.ones(2),), check_trace=False)

@@ -11,9 +11,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dit_patch.findings import FindingKind
-from dit_patch.memo.keys import Pins
-from dit_patch.memo.lookup import Memo, same
-from dit_patch.memo.store import Budget, tensors_in
+from dit_patch.memo.keys import Dependencies
+from dit_patch.memo.lookup import Memo
+from dit_patch.memo.results import same, tensors_in
+from dit_patch.memo.store import Budget
 
 MEGABYTE = 1 << 20
 
@@ -30,11 +31,11 @@ class Call:
         self.computed += 1
         return self.function()
 
-    def pins(self):
-        pins = Pins()
+    def dependencies(self):
+        dependencies = Dependencies()
         for tensor in self._alive:
-            pins.follow(tensor)
-        return pins
+            dependencies.follow(tensor)
+        return dependencies
 
     def signature(self):
         return self._signature
@@ -52,8 +53,8 @@ def memo(check="first", max_bytes=MEGABYTE):
 
 def ask(memo, call):
     """As a site asks: `ready` first, `recall` where that leaves it open."""
-    entry = memo.ready(call.key)
-    return memo.recall(call.key, call) if entry is None else entry.fresh()
+    entry = memo.get(call.key)
+    return memo.recall(call.key, call) if entry is None else entry.result()
 
 
 def counts(memo):

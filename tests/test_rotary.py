@@ -12,7 +12,7 @@ from dit_patch.functions import matrixgame
 from dit_patch.functions import rotary as functions
 from dit_patch.hosts import fastvideo
 from dit_patch.memo.keys import Uncacheable, same_bits
-from dit_patch.memo.lookup import same
+from dit_patch.memo.results import same
 from dit_patch.rotary import RotaryError, cpu, eager, rotary, rotary_qk_
 from dit_patch.sites.inner_functions import Locals
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 import dit_patch
 from dit_patch.contribute import verify
-from dit_patch.memo.store import map_tensors
+from dit_patch.memo.results import map_tensors
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.benchmark import Measurement, Timer
 
 from ..handle import apply
-from ..memo.store import map_tensors
+from ..memo.results import map_tensors
 from ..sites import scope
 from ..spec import mini
 from ..spec.model import Spec

@@ -11,7 +11,7 @@ import torch
 
 from ..handle import apply
 from ..memo.keys import same_bits
-from ..memo.store import tensors_in
+from ..memo.results import tensors_in
 from ..report.rows import SiteStats
 from ..spec.mini import repeat
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..memo.keys import default_device, on_a_real_device
+from ..memo.context import default_device, on_a_real_device
 from ..upstream.torch_internals import is_capturing, tensor_version
 
 _TABLES = 32  # of each kind, at the most

@@ -1,208 +1,189 @@
-"""What modules compute with besides their arguments, and whether it still is what it was.
+"""What a result depends on besides the arguments of its call: one small class for each kind of thing that is looked at.
 
-Weights and buffers, plain attributes, LoRA adapters, and the switches that change the bits of a matrix product. Knows
-nothing about calls or caches: a `State` answers with a number that changes whenever something of this does.
+A guard remembers something, and says whether it still is so. It holds no tensor, so that weights may come and go. What
+is written through `.data` leaves no version behind and is not seen. Which guards a module needs is for `module_guards`.
 """
+
+# ruff: noqa: SIM110  (loops: all() of a generator takes twice the time)
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 
 from ..upstream import fastvideo_internals, peft_internals
 from ..upstream.torch_internals import (
     are_algorithms_deterministic,
-    buffers,
     children,
-    forward_hooks,
-    forward_pre_hooks,
-    fsdp2_modules,
     matmul_precision,
-    parameters,
     storage_id,
     tensor_version,
 )
-from .keys import PLAIN, Pins, Uncacheable
+from .keys import Dependencies
+
+_GONE = (KeyError, AttributeError, RuntimeError, TypeError, ValueError)  # or no longer of its kind
 
 
-class State:
-    """Everything that modules compute with besides their arguments, to notice that it is not what it was.
+class Guard(Protocol):
+    """One kind of thing that results depend on."""
 
-    Parameters and buffers (which object, which storage, which version), LoRA scaling and adapters, and the modules' own
-    plain attributes (theta, patch size, `training` ...). What is written through `.data` leaves no version behind and
-    is not seen, except by a LoRA adapter: one around a module of `root` counts with it, as it may be merged into it.
-    `parameters` are single ones that count, too: the group that holds each, and its name there.
+    def still_holds(self) -> bool:
+        """Return whether nothing of it has changed. It runs at every call of a site, and is written for speed."""
+
+
+class MembersGuard:
+    """Notices parameters, buffers and submodules that were registered or taken away."""
+
+    __slots__ = ("_empty", "_sizes")
+
+    def __init__(self, groups: Iterable[dict]) -> None:
+        groups = list(groups)
+        self._sizes = [(group, len(group)) for group in groups if group]
+        self._empty = [group for group in groups if not group]
+
+    def still_holds(self) -> bool:
+        for group, size in self._sizes:
+            if len(group) != size:
+                return False
+        return not any(self._empty)
+
+
+class AttributeGuard:
+    """Notices plain attributes of modules that were set: theta, patch size, `training` ..."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, modules: Iterable[tuple[dict, list[str]]]) -> None:
+        self._expected = [_reader(values, names) for values, names in modules]
+
+    def still_holds(self) -> bool:
+        try:
+            for values, read, expected in self._expected:
+                if read(values) != expected:
+                    return False
+        except _GONE:
+            return False
+        return True
+
+
+class TensorGuard:
+    """Notices weights and buffers that were exchanged, got other memory, or were written into."""
+
+    __slots__ = ("_expected", "_watched")
+
+    def __init__(self, tensors: Iterable[tuple[dict, str, torch.Tensor]]) -> None:
+        self._watched = Dependencies()  # no other storage gets the address of one that is watched
+        self._expected = []
+        for group, name, tensor in tensors:
+            self._watched.follow(tensor)
+            self._expected.append((group, name, id(tensor), storage_id(tensor), tensor_version(tensor)))
+
+    def still_holds(self) -> bool:
+        try:
+            for group, name, identity, storage, version in self._expected:
+                tensor = group[name]
+                # upstream.torch_internals.tensor_version and storage_id, without their calls
+                if id(tensor) != identity or tensor._version != version or tensor.untyped_storage()._cdata != storage:
+                    return False
+        except _GONE:
+            return False
+        return True
+
+
+class ModuleGuard:
+    """Notices submodules that were replaced.
+
+    What is compared is the children, not the registry: a step cache exchanges block lists at each forward.
     """
 
-    def __init__(
-        self,
-        modules: Iterable[torch.nn.Module],
-        root: torch.nn.Module,
-        *,
-        subtree: bool = True,
-        parameters: Iterable[tuple[dict, str]] = (),
-    ) -> None:
-        self.modules = tuple(modules)
-        self.subtree = subtree
-        self.parameters = tuple(parameters)
-        self._places = [_place(root, module) for module in self.modules]
-        self._attributes = [(vars(module), _plain_names(module)) for module in self.modules]
-        self._lock = threading.Lock()
-        self._known = _Known()
+    __slots__ = ("_expected",)
 
-    def epoch(self) -> int:
-        """A number that changes with the state.
+    def __init__(self, families: Iterable[dict]) -> None:
+        self._expected = [(family, tuple(family.values())) for family in families if family]
 
-        Raises:
-            Uncacheable: where weights are on the meta device, recorded by autograd, in training, sharded, or hooked
-            inside.
-        """
-        known = self._known
-        if known.refusal is not None or not _holds(known):
-            known = self._renew()
-        if known.refusal is not None:
-            raise Uncacheable(known.refusal)
-        if known.weighted and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors()):
-            self.forget()  # an optimizer may come next, and a fused one leaves no version behind
-            raise Uncacheable("autograd is recording")
-        return known.epoch
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The parameters and buffers that count."""
-        found: list[torch.Tensor | None] = []
-        for module in self.modules:
-            for each in module.modules() if self.subtree else (module,):
-                found += [*parameters(each).values(), *buffers(each).values()]
-        found += [group.get(name) for group, name in self.parameters]
-        return [tensor for tensor in found if tensor is not None]
-
-    def forget(self) -> None:
-        """Let go of the modules that were there at the last look; results before the next look are of another epoch."""
-        with self._lock:
-            self._known = _Known(self._known.epoch)
-
-    def _renew(self) -> _Known:
-        with self._lock:
-            tops = [_around(module, place) for module, place in zip(self.modules, self._places)]
-            modules = [each for module in tops for each in (module.modules() if self.subtree else (module,))]
-            owns = [module.__dict__ for module in modules]
-            below = [module for module in modules if not any(module is each for each in (*tops, *self.modules))]
-            groups = [read(module) for module in modules for read in (parameters, buffers)]
-            tensors = [(group, name, tensor) for group in groups for name, tensor in group.items()]
-            tensors += [(group, name, group.get(name)) for group, name in self.parameters]
-            tensors = [named for named in tensors if named[-1] is not None]
-            weighted = any(isinstance(tensor, torch.nn.Parameter) for _, _, tensor in tensors)
-            hooks = [read(module) for module in below for read in (forward_hooks, forward_pre_hooks) if weighted]
-            refusal = self._refusal([tensor for _, _, tensor in tensors], weighted)
-            if weighted and refusal is None and _sharded([group for group, _, _ in tensors]):
-                refusal = "its weights are sharded by FSDP2, where changes in a shard leave no version behind"
-            if any(hooks):
-                refusal = "a hook is registered on a submodule, and a hit would skip it"
-            # A step cache exchanges the model's own block lists at each forward.
-            families = [children(module) for module in modules] if self.subtree else []
-            pins = Pins()
-            records = []
-            for group, name, tensor in tensors if refusal is None else ():
-                pins.follow(tensor)
-                records.append((group, name, id(tensor), storage_id(tensor), tensor_version(tensor)))
-            self._known = _Known(
-                epoch=self._known.epoch + 1,
-                refusal=refusal,
-                weighted=weighted,
-                attributes=[_attributes(values, names) for values, names in self._attributes],
-                tensors=records,
-                sizes=[(group, len(group)) for group in (*groups, *families) if group],
-                empty=[group for group in (*groups, *families) if not group],
-                children=[(family, tuple(family.values())) for family in families if family],
-                hooks=hooks,
-                adapters=[(read, own, read(own)) for own in owns for read in _adapter_readers(own)],
-                places=[(*place, place[0].get(place[1])) for place in self._places if place is not None],
-                numerics=numerics(),
-                storages=pins.storages,
-            )
-            return self._known
-
-    def _refusal(self, tensors: list[torch.Tensor], weighted: bool) -> str | None:
-        """Why nothing can be kept while the tensors are what they are."""
-        for tensor in tensors:
-            if type(tensor) not in PLAIN:
-                return f"weights of type {type(tensor).__qualname__}"
-            if tensor.is_meta:
-                return "weights on the meta device"
-            if tensor.is_inference():
-                return "weights made under inference_mode have no version: changes in place would go unseen"
-        if weighted and any(module.training for module in self.modules):
-            return "the module is in training mode; call `.eval()`"
-        return None
-
-
-class _Known(NamedTuple):
-    """A state, laid out to be compared with the present one; it holds no tensor, so that weights may come and go."""
-
-    epoch: int = 0
-    refusal: str | None = "not read yet"
-    weighted: bool = False
-    attributes: Sequence = ()
-    tensors: Sequence = ()
-    sizes: Sequence = ()
-    empty: Sequence = ()
-    children: Sequence = ()
-    hooks: Sequence = ()
-    adapters: Sequence = ()
-    places: Sequence = ()
-    numerics: Hashable = None
-    storages: Sequence = ()
-
-
-def _holds(known: _Known) -> bool:
-    """Whether nothing has changed. Written for speed: it runs at every call of every site."""
-    for group, size in known.sizes:
-        if len(group) != size:
-            return False
-    if any(known.empty):
-        return False
-    try:
-        for values, read, expected in known.attributes:
-            if read(values) != expected:
-                return False
-        for group, name, identity, storage, version in known.tensors:
-            tensor = group[name]
-            # upstream.torch_internals.tensor_version and storage_id, without their calls
-            if id(tensor) != identity or tensor._version != version or tensor.untyped_storage()._cdata != storage:
-                return False
-    except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # gone, or no longer of its kind
-        return False
-    for group, before in known.children:
-        for child, expected in zip(group.values(), before):
-            if child is not expected:
-                return False
-    if not known.weighted:
+    def still_holds(self) -> bool:
+        for family, before in self._expected:
+            for child, expected in zip(family.values(), before):
+                if child is not expected:
+                    return False
         return True
-    for group, name, expected in known.places:
-        if group.get(name) is not expected:
-            return False
-    for read, layer, adapters in known.adapters:
-        if read(layer) != adapters:
-            return False
-    return not any(known.hooks) and numerics() == known.numerics
 
 
-def _sharded(groups: Sequence[dict]) -> bool:
-    """Whether one of these is filled by `fully_shard` anew at each forward: the same tensors, and the same versions."""
-    sharded = fsdp2_modules()
-    if sharded is None:
-        return torch.distributed.is_initialized()
-    asked = {id(group) for group in groups}
-    # The root, which has most, comes last.
-    return any(id(parameters(each)) in asked for module in reversed(sharded) for each in module.modules())
+class PlaceGuard:
+    """Notices that something else stands in a module's place in its model, such as a LoRA layer around it."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, places: Iterable[tuple[dict, str]]) -> None:
+        self._expected = [(family, name, family.get(name)) for family, name in places]
+
+    def still_holds(self) -> bool:
+        for family, name, expected in self._expected:
+            if family.get(name) is not expected:
+                return False
+        return True
 
 
-def _place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:
-    """Where the module stands in the tree of `root`: its parent's children, and its name among them."""
+class AdapterGuard:
+    """Notices LoRA adapters that were switched, scaled, disabled or merged."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, layers: Iterable[dict]) -> None:
+        self._expected = [(read, layer, read(layer)) for layer in layers for read in _adapter_readers(layer)]
+
+    def __bool__(self) -> bool:
+        return bool(self._expected)
+
+    def still_holds(self) -> bool:
+        for read, layer, expected in self._expected:
+            if read(layer) != expected:
+                return False
+        return True
+
+
+class HookGuard:
+    """Notices hooks on submodules, which a hit would skip."""
+
+    __slots__ = ("_groups",)
+
+    def __init__(self, groups: Sequence[dict]) -> None:
+        self._groups = groups
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def still_holds(self) -> bool:
+        return not any(self._groups)
+
+
+class NumericsGuard:
+    """Notices global switches that change the bits of a matrix product; they count for sites that have weights."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self) -> None:
+        self._expected = numerics()
+
+    def still_holds(self) -> bool:
+        return (matmul_precision(), are_algorithms_deterministic()) == self._expected
+
+
+def numerics() -> Hashable:
+    """Return the global switches that change the bits of a matrix product."""
+    return matmul_precision(), are_algorithms_deterministic()
+
+
+def plain_attributes(module: torch.nn.Module) -> list[str]:
+    """Return the names of a module's plain attributes, which its results may depend on."""
+    return [name for name, value in vars(module).items() if not name.startswith("_") and _is_plain(value)]
+
+
+def find_place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:
+    """Return where the module stands in the tree of `root`: its parent's children, and its name among them."""
     for parent in root.modules():
         for name, child in children(parent).items():
             if child is module:
@@ -210,19 +191,14 @@ def _place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] |
     return None
 
 
-def _around(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.nn.Module:
-    """What stands in the module's place now, if the module is inside it, as in a LoRA layer; else the module itself."""
+def outermost(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.nn.Module:
+    """Return what stands in the module's place, if the module is inside it, as in a LoRA layer; else the module."""
     now = None if place is None else place[0].get(place[1])
     return now if now is not None and any(each is module for each in now.modules()) else module
 
 
-def _plain_names(module: torch.nn.Module) -> list[str]:
-    """The names of a module's plain attributes; `training` is always among them."""
-    return [name for name, value in vars(module).items() if not name.startswith("_") and _plain(value)]
-
-
-def _attributes(values: dict, names: list[str]) -> tuple[dict, Callable[[dict], tuple], tuple]:
-    """A module's `vars`, a function that takes the named ones out of it, and what that gives now."""
+def _reader(values: dict, names: list[str]) -> tuple[dict, Callable[[dict], tuple], tuple]:
+    """Return a module's `vars`, a function that takes the named ones and `training` out of it, and what that gives."""
     read = itemgetter(*names, "training")  # a second name, so that it always gives a tuple
     if not all(name in values for name in names):
 
@@ -233,17 +209,12 @@ def _attributes(values: dict, names: list[str]) -> tuple[dict, Callable[[dict], 
     return values, read, tuple(list(value) if type(value) is list else value for value in read(values))
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(isinstance(item, (bool, int, float, str)) for item in value)
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def _adapter_readers(layer: dict) -> list[Callable[[dict], Hashable]]:
-    """What reads the adapters of a LoRA layer, given as its `vars`; none for any other module."""
+    """Return what reads the adapters of a LoRA layer, given as its `vars`; nothing for any other module."""
     return [library.adapter_state for library in (fastvideo_internals, peft_internals) if library.is_adapter(layer)]
-
-
-def numerics() -> Hashable:
-    """Global switches that change the bits of a matrix product; they count for sites that have weights."""
-    return matmul_precision(), are_algorithms_deterministic()

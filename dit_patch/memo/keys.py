@@ -12,31 +12,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
 import torch
 
 from ..errors import SiteError
-from ..upstream.torch_internals import (
-    StorageWeakRef,
-    asked_device,
-    count_dispatch_modes,
-    count_function_modes,
-    is_any_autocast_enabled,
-    is_capturing,
-    is_cuda_initialized,
-    is_fake_mode_active,
-    is_functorch_active,
-    raw_stream,
-    tracing_state,
-)
+from ..upstream.torch_internals import StorageWeakRef
 
 PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 """Tensor types whose contents are what their storage holds. Others (fake, functional, quantised ...) are bypassed."""
 
-CAPTURING = "a CUDA graph is being captured"
 _SMALL = 4096  # bytes up to which a CPU tensor's content goes into the key itself
 
 
@@ -44,18 +30,23 @@ class Uncacheable(Exception):
     """This call cannot be looked up or stored; the argument is the reason, in a few words."""
 
 
-class Pins:
+class Dependencies:
     """What the key of one call depends on: storages to follow, and whatever else can say whether it is there."""
 
     def __init__(self) -> None:
         self.storages: list[StorageWeakRef] = []
         self.others: list[Callable[[], bool]] = []
 
+    def __repr__(self) -> str:
+        return f"<Dependencies: {len(self.storages)} storages, {len(self.others)} others>"
+
     def follow(self, tensor: torch.Tensor) -> None:
+        """Depend on the tensor's storage, without keeping it alive."""
         self.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
     @property
     def alive(self) -> list[Callable[[], bool]]:
+        """Functions that return whether what is depended on is there."""
         return [*(lambda storage=storage: not storage.expired() for storage in self.storages), *self.others]
 
 
@@ -129,23 +120,26 @@ _READ = {**_FACETS, "stride": torch.Tensor.stride}
 class Argument:
     """How one argument enters the key: by its facets where it is a tensor, by its value where it is not."""
 
-    __slots__ = ("facets", "name", "only", "where")
+    __slots__ = ("facets", "name", "only", "label")
 
-    def __init__(self, name: str, facets: Iterable[str] | None, where: str) -> None:
-        self.name, self.where = name, where
+    def __init__(self, name: str, facets: Iterable[str] | None, label: str) -> None:
+        self.name, self.label = name, label
         self.facets = None if facets is None else tuple((facet, _READ[facet]) for facet in facets)
         self.only = self.facets[0][1] if self.facets and len(self.facets) == 1 else None
 
-    def part(self, value: Any, pins: Pins | None) -> Hashable:
+    def __repr__(self) -> str:
+        return f"<Argument {self.name}: {[name for name, _ in self.facets or ()]}>"
+
+    def part(self, value: Any, dependencies: Dependencies | None) -> Hashable:
         kind = type(value)
         if kind in PLAIN:
             if self.facets is None:
                 raise SiteError(
-                    f"{self.where}: `{self.name}` is a tensor, and `key` does not say what of it counts.\n"
+                    f"{self.label}: `{self.name}` is a tensor, and `key` does not say what of it counts.\n"
                     f"    Add `{self.name}: [...]` with one or more of {', '.join(_FACETS)}."
                 )
-            if pins is not None and any(facet == "identity" for facet, _ in self.facets):
-                pins.follow(value)
+            if dependencies is not None and any(facet == "identity" for facet, _ in self.facets):
+                dependencies.follow(value)
             if self.only is not None:
                 return self.only(value)
             return tuple([read(value) for _, read in self.facets])
@@ -158,9 +152,10 @@ class Argument:
         if isinstance(value, torch.Tensor):
             raise Uncacheable(f"a {kind.__qualname__}, which is not a plain tensor")
         if isinstance(value, (tuple, list)):
-            return kind, tuple([self.part(item, pins) for item in value])
+            return kind, tuple([self.part(item, dependencies) for item in value])
         if isinstance(value, Mapping):
-            return kind, tuple([(self.part(key, pins), self.part(item, pins)) for key, item in value.items()])
+            items = [(self.part(key, dependencies), self.part(item, dependencies)) for key, item in value.items()]
+            return kind, tuple(items)
         if kind is complex:
             return kind, repr(value)
         if isinstance(value, enum.Enum):
@@ -177,7 +172,7 @@ class Plan:
     Args:
         parameters: the names of the attribute's parameters, in order, `self` left out.
         facets: what the spec says of tensor arguments; `model.x` means argument x of the model's forward.
-        where: `diffusers/wan: rope.forward`, for messages.
+        label: `diffusers/wan: rope.forward`, for messages.
         default: the facets of tensors that are not named; without it, such a tensor is an error.
     """
 
@@ -185,15 +180,15 @@ class Plan:
         self,
         parameters: Iterable[str],
         facets: Mapping[str, Iterable[str]],
-        where: str,
+        label: str,
         default: Iterable[str] | None = None,
     ) -> None:
-        self.where, self.default = where, default
-        named = {name: Argument(name, facets.get(name, default), where) for name in parameters}
+        self.label, self.default = label, default
+        named = {name: Argument(name, facets.get(name, default), label) for name in parameters}
         self.positional = tuple(named.values())
         self.named = named
         self.borrowed = tuple(
-            Argument(name.removeprefix("model."), chosen, where)
+            Argument(name.removeprefix("model."), chosen, label)
             for name, chosen in facets.items()
             if name.startswith("model.")
         )
@@ -201,78 +196,24 @@ class Plan:
         # By far the most frequent call: one tensor of which one thing counts.
         self._lone = self.positional[0].only if self.positional and not self.borrowed else None
 
-    def parts(self, args: tuple, kwargs: dict, frame, pins: Pins | None = None) -> list[Hashable]:
+    def __repr__(self) -> str:
+        return f"<Plan of {self.label}: {list(self.named)}>"
+
+    def parts(self, args: tuple, kwargs: dict, frame, dependencies: Dependencies | None = None) -> list[Hashable]:
         """The key of a call, as a list: one part per borrowed argument, per positional one, per keyword."""
-        if self._lone is not None and pins is None and len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
+        is_lone = self._lone is not None and len(args) == 1 and not kwargs
+        if is_lone and dependencies is None and type(args[0]) is torch.Tensor:
             return [self._lone(args[0])]
         if len(args) > len(self.positional):
             raise Uncacheable("more positional arguments than the signature names")
-        parts = [argument.part(value, pins) for argument, value in zip(self.positional, args)]
+        parts = [argument.part(value, dependencies) for argument, value in zip(self.positional, args)]
         if self.borrowed and frame.nameless:
             raise Uncacheable("the model was called with positional arguments that its spec does not name")
         for argument in self.borrowed:
-            parts.append(argument.part(frame.argument(argument.name), pins))
+            parts.append(argument.part(frame.argument(argument.name), dependencies))
         for name, value in kwargs.items():
-            argument = self.named.get(name) or Argument(name, self.facets.get(name, self.default), self.where)
-            parts.append((name, argument.part(value, pins)))
+            argument = self.named.get(name)
+            if argument is None:  # taken as **kwargs
+                argument = self.named[name] = Argument(name, self.facets.get(name, self.default), self.label)
+            parts.append((name, argument.part(value, dependencies)))
         return parts
-
-
-class _AnyStream:
-    """Equal to every stream."""
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
-_ANY_STREAM = _AnyStream()
-
-
-def ambient(constant: bool = False) -> Hashable:
-    """The state around a call that changes its result without being an argument: autocast, default device, CUDA stream.
-
-    Args:
-        constant: the result depends on nothing that a tensor holds, and so may become a part of a CUDA graph.
-
-    Raises:
-        Uncacheable: where results are no numbers (fake tensors, tracing, functorch), or a CUDA graph would replay them.
-    """
-    if count_dispatch_modes() and is_fake_mode_active():
-        raise Uncacheable("fake tensors")
-    if tracing_state() is not None:
-        raise Uncacheable("tracing")
-    if is_functorch_active():
-        raise Uncacheable("a functorch transform")
-    if not is_any_autocast_enabled() and not is_cuda_initialized():
-        return default_device() if count_function_modes() else None
-    stream = raw_stream(torch.cuda.current_device()) if is_cuda_initialized() else None
-    if is_capturing():
-        # A graph would replay what was found at capture, whatever is in its inputs by then.
-        if not constant:
-            raise Uncacheable(CAPTURING)
-        stream = _ANY_STREAM  # a capture begins with all streams having ended their work
-    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind))
-    return autocast, stream, torch.cuda.current_device() if is_cuda_initialized() else None, default_device()
-
-
-def default_device() -> torch.device | None:
-    """Where tensors are made if nobody says where; None for the CPU, and where it is the meta device.
-
-    Under that, tables that are made without saying where would hold nothing: see `on_a_real_device`.
-    """
-    default = asked_device()
-    return None if default is None or default.type in ("cpu", "meta") else default
-
-
-def on_a_real_device() -> AbstractContextManager:
-    """The CPU as the default device where it is the meta device, as libraries have it while they load a model."""
-    default = asked_device()
-    return torch.device("cpu") if default is not None and default.type == "meta" else nullcontext()
-
-
-def _kinds() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

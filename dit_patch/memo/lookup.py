@@ -16,8 +16,10 @@ import torch
 
 from ..findings import Finding, FindingKind, warn
 from ..upstream.torch_internals import count_function_modes, storage_id
-from .keys import CAPTURING, PLAIN, Content, Pins, Uncacheable, on_a_real_device, same_bits
-from .store import Budget, Cache, Entry, map_tensors, mask_parts, tensors_in
+from .context import CAPTURING, on_a_real_device
+from .keys import PLAIN, Content, Dependencies, Uncacheable
+from .results import map_tensors, same, tensors_in
+from .store import Budget, Cache, Entry
 
 CHECKS = ("first", "always", "never")
 FULL = "no room beside what the last forwards used; a larger max_bytes would keep it"
@@ -27,7 +29,7 @@ class Call(Protocol):
     """One call, asked for more than its key only where it must be computed or stored."""
 
     def compute(self) -> Any: ...
-    def pins(self) -> Pins:
+    def dependencies(self) -> Dependencies:
         """What the key depends on staying alive."""
 
     def signature(self) -> Hashable:
@@ -44,13 +46,13 @@ class Memo:
     """The results of one site's calls, with what the report says of them.
 
     Args:
-        where: `WanTransformer3DModel: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
+        label: `WanTransformer3DModel: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
         budget: shared by all memos of a handle.
         check: "first" recomputes and compares at the first hit of each new signature, "always" at each, "never" not.
     """
 
-    def __init__(self, where: str, budget: Budget, check: str = "first") -> None:
-        self.where = where
+    def __init__(self, label: str, budget: Budget, check: str = "first") -> None:
+        self.label = label
         self.cache = Cache(budget)
         self.check = check
         self._always = check == "always"
@@ -59,8 +61,8 @@ class Memo:
         self.seconds = float("inf")  # the fastest computation of a result so far
         self._checked: set[Hashable] = set()
 
-    def ready(self, key: Hashable) -> Entry | None:
-        """The entry under `key`, counted as a hit, if it may be handed out as it is; None if `recall` must decide."""
+    def get(self, key: Hashable) -> Entry | None:
+        """Return the entry under `key`, counted as a hit, if it may be handed out; None if `recall` must decide."""
         cache = self.cache
         entry = cache.entries.get(key)
         if entry is None or not entry.checked or self._always:
@@ -71,10 +73,10 @@ class Memo:
         cache.hit(entry)
         return entry
 
-    def found(self, key: Hashable) -> Entry | None:
-        """The entry under `key`, in which any stream may stand for all, if it may be handed out as it is."""
+    def get_in_capture(self, key: Hashable) -> Entry | None:
+        """Return the entry under `key` while a CUDA graph is captured, whatever its stream; None if there is none."""
         for stored, entry in list(self.cache.entries.items()):
-            if stored == key and entry.checked and not entry.written():
+            if stored == key and entry.checked and not entry.is_modified():
                 self.cache.hit(entry)
                 return entry
         self.bypass(CAPTURING)
@@ -85,24 +87,28 @@ class Memo:
         entry = self.cache.entries.get(key)
         if entry is None:
             return self._store(key, call)
-        if entry.written():
+        if entry.is_modified():
             return self._give_up(FindingKind.WRITTEN_INTO, call.compute())
         if not entry.checked or self._always:
-            fresh = self.timed(call.compute)
+            fresh = self.time(call.compute)
             if not same(entry.value, fresh):
                 return self._give_up(FindingKind.TOO_COARSE, fresh)
             entry.checked = True
             self._checked.add(call.signature())
         self.cache.hit(entry)
-        return entry.fresh()
+        return entry.result()
+
+    def __repr__(self) -> str:
+        return f"<Memo of {self.label}: {self.cache!r}{', off' * (self.off is not None)}>"
 
     def bypass(self, reason: str) -> None:
+        """Count a call that was passed through."""
         self.bypassed[reason] += 1
 
     def switch_off(self, kind: FindingKind) -> None:
         """Pass every further call through, and say so once."""
         if self.off is None:
-            self.off = Finding(kind, site=self.where)
+            self.off = Finding(kind, site=self.label)
             self.cache.clear()
             warn(self.off, stacklevel=2)
 
@@ -111,8 +117,8 @@ class Memo:
         self.switch_off(kind)
         return value
 
-    def timed(self, compute: Callable[[], Any]) -> Any:
-        """The result of `compute`, whose time counts for what a hit saves.
+    def time(self, compute: Callable[[], Any]) -> Any:
+        """Return the result of `compute`, whose time counts for what a hit saves.
 
         Its tensors are normal ones without history, and so can be used under inference_mode and in training alike; the
         reverse would fail.
@@ -128,8 +134,8 @@ class Memo:
 
     def _store(self, key: Hashable, call: Call) -> Any:
         self.cache.miss()
-        pins = call.pins()
-        value = self.timed(call.compute)
+        dependencies = call.dependencies()
+        value = self.time(call.compute)
         try:
             value, tensors, nbytes = _private(value, call.sources(), call.stored())
         except Uncacheable as reason:
@@ -140,11 +146,11 @@ class Memo:
             return value
         for part in _contents((key,)):
             part.keep()
-        entry = Entry(value, tensors, nbytes, pins.alive)
+        entry = Entry(value, tensors, nbytes, dependencies.alive)
         entry.checked = self.check == "never" or (self.check == "first" and call.signature() in self._checked)
         if not self.cache.put(key, entry):
             self.bypass(FULL)
-        return entry.fresh()
+        return entry.result()
 
 
 def _private(
@@ -182,23 +188,3 @@ def _contents(key: tuple) -> Iterator[Content]:
             yield from _contents(part)
         elif type(part) is Content:
             yield part
-
-
-def same(stored: Any, fresh: Any) -> bool:
-    """Equality of two results: containers, plain values, and every tensor's bits and strides, where those matter."""
-    if isinstance(stored, torch.Tensor) and isinstance(fresh, torch.Tensor):
-        return _strides(stored) == _strides(fresh) and same_bits(stored, fresh)
-    if type(stored) is not type(fresh):
-        return False
-    if isinstance(stored, (tuple, list)):
-        return len(stored) == len(fresh) and all(map(same, stored, fresh))
-    if isinstance(stored, dict):
-        return list(stored) == list(fresh) and all(map(same, stored.values(), fresh.values()))
-    if type(stored).__name__ == "BlockMask":
-        return same(mask_parts(stored), mask_parts(fresh))
-    return repr(stored) == repr(fresh)  # nan is itself, and 0.0 is not -0.0
-
-
-def _strides(tensor: torch.Tensor) -> list[int]:
-    """Its strides, but for dimensions of one element, from which there is no step to take."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]

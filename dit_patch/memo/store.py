@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
 from ..upstream.torch_internals import tensor_version
+from .results import copier
 
 LAST = 4  # forwards whose results are not given up: the passes of a step, with some to spare
 
@@ -25,29 +26,32 @@ class Entry:
     cannot be hit any more.
     """
 
-    __slots__ = ("alive", "cache", "checked", "key", "nbytes", "remake", "tensors", "touched", "value")
+    __slots__ = ("_copy", "alive", "cache", "checked", "key", "nbytes", "tensors", "touched", "value")
 
     def __init__(self, value: Any, tensors: list[torch.Tensor], nbytes: int, alive: list[Callable[[], bool]]) -> None:
         self.value, self.nbytes, self.alive = value, nbytes, alive
         self.tensors = [(tensor, tensor_version(tensor)) for tensor in tensors]
-        self.remake = _remake(value)
+        self._copy = copier(value)
         self.checked = False
         self.touched = 0
         self.cache: Cache | None = None
         self.key: Hashable = None
 
-    def held(self) -> bool:
-        """Whether the entry is still in its cache."""
+    def __repr__(self) -> str:
+        return f"<Entry of {self.nbytes} bytes{', checked' * self.checked}>"
+
+    def is_stored(self) -> bool:
+        """Return whether the entry is still in its cache."""
         return self.cache is not None and self.cache.entries.get(self.key) is self
 
-    def written(self) -> bool:
-        """Whether somebody has written into a stored tensor since."""
+    def is_modified(self) -> bool:
+        """Return whether somebody has written into a stored tensor since."""
         # upstream.torch_internals.tensor_version, without its call
         return any(tensor._version != version for tensor, version in self.tensors)
 
-    def fresh(self) -> Any:
-        """The result, in a container of its own: callers may change the list or dict that they get."""
-        return self.value if self.remake is None else self.remake(self.value)
+    def result(self) -> Any:
+        """Return the result, in a container of its own: callers may change the list or dict that they get."""
+        return self.value if self._copy is None else self._copy()
 
 
 class Budget:
@@ -64,6 +68,9 @@ class Budget:
         self.clock = 0
         self.entries: set[Entry] = set()
         self._begun = deque([0] * LAST, maxlen=LAST)  # the clock at the beginning of each of the last forwards
+
+    def __repr__(self) -> str:
+        return f"<Budget: {self.used} of {self.max_bytes} bytes, {len(self.entries)} entries>"
 
     def fits(self, nbytes: int) -> bool:
         return nbytes <= self.max_bytes
@@ -105,6 +112,9 @@ class Cache:
         self.hits = 0
         self.misses = 0
         self.evictions = 0
+
+    def __repr__(self) -> str:
+        return f"<Cache: {len(self.entries)} entries, {self.hits} hits, {self.misses} misses>"
 
     def hit(self, entry: Entry) -> None:
         """Count a hit, and make the entry the last to be given up."""
@@ -148,51 +158,3 @@ class Cache:
     def nbytes(self) -> int:
         with self.budget.lock:
             return sum(entry.nbytes for entry in self.entries.values())
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a result: a tensor, or nested tuples, lists and dicts of them; a flex BlockMask's, too.
-
-    Raises:
-        TypeError: for anything that cannot be stored, naming its type.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif type(value).__name__ == "BlockMask":
-        yield from (item for item in mask_parts(value) if isinstance(item, torch.Tensor))
-    elif value is not None and not isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        raise TypeError(f"a {type(value).__qualname__} cannot be stored")
-
-
-def mask_parts(mask: Any) -> tuple:
-    """What a flex BlockMask consists of: its fields, and what its `mask_mod` runs and has captured."""
-    own = {name: value for name, value in vars(mask).items() if name != "mask_mod"}
-    cells = [cell.cell_contents for cell in getattr(mask.mask_mod, "__closure__", None) or ()]
-    return (*own, *own.values(), getattr(mask.mask_mod, "__code__", mask.mask_mod), *cells)
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """`value` with `function` applied to its tensors, in containers of the same kind (a BlockMask stays as it is)."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return type(value)((key, map_tensors(function, item)) for key, item in value.items())
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(function, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def _remake(value: Any) -> Callable[[Any], Any] | None:
-    """None where the value may be handed out as it is, since nothing in it but its tensors can be changed."""
-
-    def settled(item: Any) -> bool:
-        return not isinstance(item, (list, dict)) and (not isinstance(item, tuple) or all(map(settled, item)))
-
-    return None if settled(value) else lambda value: map_tensors(lambda tensor: tensor, value)

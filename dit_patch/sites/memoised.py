@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..memo.guards import State
-from ..memo.keys import Pins, Plan, Uncacheable, ambient
+from ..memo.context import context_key
+from ..memo.keys import Dependencies, Plan, Uncacheable
 from ..memo.lookup import Memo
+from ..memo.module_guards import ModuleGuards
 from ..upstream.torch_internals import is_capturing
 from . import scope
 from .binding import Attribute, Binding
@@ -48,17 +49,17 @@ class MemoisedSite(AttributePatch):
         if memo.off is not None:
             return original(*args, **kwargs)
         try:
-            context = ambient(self._may_be_captured)
+            context = context_key(self._may_be_captured)
             key = self.key.of(context, ordinal, args, kwargs, frame)
         except Uncacheable as reason:
             memo.bypass(str(reason))
             return original(*args, **kwargs)
         if context is not None and is_capturing():  # a CUDA graph must not hold what is meant for later calls
-            entry = memo.found(key)
-            return original(*args, **kwargs) if entry is None else entry.fresh()
-        entry = memo.ready(key)
+            entry = memo.get_in_capture(key)
+            return original(*args, **kwargs) if entry is None else entry.result()
+        entry = memo.get(key)
         if entry is not None:
-            return entry.fresh()
+            return entry.result()
         return memo.recall(key, _Call(self, original, args, kwargs, frame))
 
     def clear(self) -> None:
@@ -91,10 +92,10 @@ class SiteKey:
         self.arguments = Plan(attribute.parameters, attribute.site.key, attribute.label)
         self._output, self._memo = output, memo
         self._values = tuple(attribute.values)
-        self._guards: State | None = None
+        self._guards: ModuleGuards | None = None
         if modules or attribute.weights:
             subtree = attribute.owner is not model
-            self._guards = State(modules, model, subtree=subtree, parameters=attribute.weights)
+            self._guards = ModuleGuards(modules, model, subtree=subtree, parameters=attribute.weights)
         self._epoch = 0
 
     def __repr__(self) -> str:
@@ -144,10 +145,10 @@ class _Call:
     def compute(self) -> Any:
         return self.site.compute(self.original, self.args, self.kwargs, self.frame)
 
-    def pins(self) -> Pins:
-        pins = Pins()
-        self.site.key.arguments.parts(self.args, self.kwargs, self.frame, pins)
-        return pins
+    def dependencies(self) -> Dependencies:
+        dependencies = Dependencies()
+        self.site.key.arguments.parts(self.args, self.kwargs, self.frame, dependencies)
+        return dependencies
 
     def signature(self) -> Hashable:
         return tuple(self.site.signature.parts(self.args, self.kwargs, None))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..memo.store import map_tensors
+from ..memo.results import map_tensors
 from ..spec.model import Site
 from .scope import Frame
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from ..findings import Finding, FindingKind, warn
-from ..memo.keys import Plan, Uncacheable, ambient
-from ..memo.lookup import Memo, same
+from ..memo.context import context_key
+from ..memo.keys import Plan, Uncacheable
+from ..memo.lookup import Memo
+from ..memo.results import same
 from ..upstream.torch_internals import is_capturing
 from . import scope
 from .binding import Attribute, Binding
@@ -110,7 +112,7 @@ class ReplacedSite(AttributePatch):
         if memo.off is not None:
             return original(*args, **kwargs)
         try:
-            if ambient(self._may_be_captured) is not None and is_capturing():
+            if context_key(self._may_be_captured) is not None and is_capturing():
                 return self.replacement.in_capture(original, args, kwargs)
             result = self._output.place(self.replacement(original, args, kwargs), frame)
         except Uncacheable as reason:

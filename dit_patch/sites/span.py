@@ -16,7 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import SiteError, suggest
-from ..memo.keys import Argument, Pins, Uncacheable, ambient
+from ..memo.context import context_key
+from ..memo.keys import Argument, Dependencies, Uncacheable
 from ..memo.lookup import Memo
 from ..memo.store import Entry
 from ..spec.model import Site
@@ -59,6 +60,7 @@ class Span:
                 near = suggest(name, binding.parameters)
                 raise SiteError(f"{label}: the model's forward has no parameter `{name}`{near}")
         self._hooks: list = []
+        self._arguments: dict[tuple, Argument] = {}
 
     def __repr__(self) -> str:
         return f"<Span {self.site.at}: {self.memo.cache.hits} hits, {self.memo.cache.misses} misses>"
@@ -92,6 +94,12 @@ class Span:
     fixes = False
     leaves_modes = True
 
+    def argument(self, name: str, facets: tuple[str, ...]) -> Argument:
+        """Return how arguments of the torch function of that name enter keys."""
+        if (name, facets) not in self._arguments:
+            self._arguments[name, facets] = Argument(name, facets, self.label)
+        return self._arguments[name, facets]
+
     def begin(self, *_) -> None:
         frame = scope.current()
         if frame is None or frame.model is not self.model or frame.calls.get(self):
@@ -105,7 +113,7 @@ class Span:
                 raise Uncacheable("the submodule after it is compiled")
             if self.names and frame.nameless:
                 raise Uncacheable("the model was called with positional arguments that its spec does not name")
-            mode = _Watch(self, ambient(True), [frame.argument(name) for name in self.names])
+            mode = _Watch(self, context_key(True), [frame.argument(name) for name in self.names])
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
             return
@@ -148,8 +156,8 @@ class _Watch(TorchFunctionMode):
             return function(*args, **kwargs)
         if self.capturing:
             # What has no tensor in it is the same at every replay.
-            entry = None if inputs else memo.found(key)
-            return function(*args, **kwargs) if entry is None else entry.fresh()
+            entry = None if inputs else memo.get_in_capture(key)
+            return function(*args, **kwargs) if entry is None else entry.result()
         result = memo.recall(key, step)
         entry = memo.cache.entries.get(key)
         if entry is not None and isinstance(result, torch.Tensor):
@@ -165,22 +173,24 @@ class _Step:
     def __init__(self, watch: _Watch, function: Any, args: tuple, kwargs: dict) -> None:
         self.watch, self.function, self.args, self.kwargs = watch, function, args, kwargs
 
-    def parts(self, pins: Pins | None, facets: tuple[str, ...] = ("identity",)) -> list[Hashable]:
-        argument = Argument(self.function.__name__, facets, self.watch.span.label)
+    def parts(self, dependencies: Dependencies | None, facets: tuple[str, ...] = ("identity",)) -> list[Hashable]:
+        argument = self.watch.span.argument(self.function.__name__, facets)
         return [
-            *(argument.part(value, pins) for value in self.args),
-            *((name, argument.part(value, pins)) for name, value in self.kwargs.items()),
+            *(argument.part(value, dependencies) for value in self.args),
+            *((name, argument.part(value, dependencies)) for name, value in self.kwargs.items()),
         ]
 
     def compute(self) -> Any:
         return self.function(*self.args, **self.kwargs)
 
-    def pins(self) -> Pins:
-        pins = Pins()
-        self.parts(pins)
+    def dependencies(self) -> Dependencies:
+        dependencies = Dependencies()
+        self.parts(dependencies)
         # A view keeps the storage that it is keyed by, so it must go with the result that it is a view of.
-        pins.others = [self.watch.made[id(tensor)].held for tensor in self.stored() if id(tensor) in self.watch.made]
-        return pins
+        dependencies.others = [
+            self.watch.made[id(tensor)].is_stored for tensor in self.stored() if id(tensor) in self.watch.made
+        ]
+        return dependencies
 
     def signature(self) -> Hashable:
         return self.function.__name__, *self.parts(None, ("shape", "dtype", "device"))

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..memo.keys import Uncacheable, ambient
-from ..memo.store import map_tensors
+from ..memo.context import context_key
+from ..memo.keys import Uncacheable
+from ..memo.results import OPAQUE, flatten, map_tensors
 from ..upstream.torch_internals import is_capturing
 from . import scope
 from .binding import Attribute, Binding
@@ -41,7 +42,7 @@ class StandInSite(AttributePatch):
         if self.overrides is not None:
             args, kwargs = self.overrides.apply(frame, args, kwargs)
         try:
-            context = ambient(self._may_be_captured)
+            context = context_key(self._may_be_captured)
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
             return original(*args, **kwargs)
@@ -50,7 +51,7 @@ class StandInSite(AttributePatch):
             return self._results[device] if device in self._results else original(*args, **kwargs)
         if device not in self._results:
             self.memo.cache.miss()
-            result = self.memo.timed(lambda: original(*args, **kwargs))
+            result = self.memo.time(lambda: original(*args, **kwargs))
             self._results[device] = stand_in(result, device, self._output.dtype)
         else:
             self.memo.cache.hits += 1
@@ -85,11 +86,14 @@ def stand_in(result: Any, device: torch.device | None = None, dtype: torch.dtype
 
     Tensors have their shapes, but only one element of memory; they are on `device` and of `dtype` if given.
     """
-    if type(result).__name__ == "BlockMask":
-        return _fits_nothing(result, device)
-    if isinstance(result, (tuple, list)) and not hasattr(result, "_fields"):
-        return type(result)(stand_in(item, device, dtype) for item in result)
-    return map_tensors(lambda tensor: _unreadable(tensor, device or tensor.device, dtype or tensor.dtype), result)
+    leaves, rebuild = flatten(result)
+    return rebuild(_stand_in_for(leaf, device, dtype) for leaf in leaves)
+
+
+def _stand_in_for(leaf: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return _unreadable(leaf, device or leaf.device, dtype or leaf.dtype)
+    return _fits_nothing(leaf, device) if type(leaf).__name__ in OPAQUE else leaf
 
 
 def _unreadable(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..memo.store import map_tensors
+from ..memo.results import map_tensors
 from .address import Address
 from .model import Spec
 from .recipe import Case, Input

@@ -14,8 +14,7 @@ import torch
 
 from ..errors import StepCacheError
 from ..findings import FindingKind
-from ..memo.lookup import same
-from ..memo.store import tensors_in
+from ..memo.results import same, tensors_in
 from ..sites import layers, pipeline_models, resolve
 from ..spec.model import Spec
 from ..upstream.torch_internals import children, is_capturing

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...memo.keys import Argument, Uncacheable, flat
-from ...memo.store import map_tensors, mask_parts
+from ...memo.results import flatten, look_into, map_tensors
 from ...sites import layers, scope
 from ...sites.patch import AttributePatch
 from ...sites.scope import Scope
@@ -115,7 +115,7 @@ class _Probe:
                 }
             except Uncacheable:
                 continue
-            if not name.startswith("model.") and not any(True for _ in _tensors(value)):
+            if not name.startswith("model.") and not _has_tensors(value):
                 call.plain.add(name)
         self.calls.append(call)
         return result
@@ -191,7 +191,7 @@ def uncounted(
                 found[at].append(place)
 
     for name, value in arguments.items():
-        if any(True for _ in _tensors(value)):
+        if _has_tensors(value):
             look({**arguments, name: map_tensors(_another, value)}, f"model.{name}")
     for path, holder in list(model.named_modules()):
         own = {name: each for name, each in parameters(holder).items() if each is not None}
@@ -253,10 +253,9 @@ def distinct(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> int:
 
 def digest(value: Any) -> str:
     """Equal for results that are equal in every bit."""
-    if type(value).__name__ == "BlockMask":
-        value = mask_parts(value)
     found = hashlib.sha256()
-    for leaf in _leaves(value):
+    leaves, _ = flatten(value)
+    for leaf in (part for each in leaves for part in look_into(each)):
         if isinstance(leaf, torch.Tensor):
             found.update(repr((leaf.shape, leaf.dtype)).encode())
             found.update(flat(leaf).cpu().view(torch.uint8).numpy().tobytes() if leaf.numel() else b"")
@@ -304,13 +303,5 @@ def _keys(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> list[Hashabl
     return [of(call) for call in calls]
 
 
-def _leaves(value: Any) -> Iterable[Any]:
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in _leaves(item)]
-    if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    return [value]
-
-
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in flatten(value)[0])
