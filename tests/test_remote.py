@@ -17,7 +17,7 @@ import toys
 
 from dit_patch.errors import DitPatchError, SiteError, StepCacheError, UnsupportedModelError
 from dit_patch.handle import apply as local_apply
-from dit_patch.launch import workers
+from dit_patch.launch import worker_calls, workers
 from dit_patch.sites.scope import scope_of
 from dit_patch.spec.registry import Registry
 
@@ -235,11 +235,11 @@ def test_an_error_that_is_not_ours_comes_with_the_workers_traceback(generator, a
     del generator.workers[1].pipeline
     with pytest.raises(DitPatchError, match="^rank 1: AttributeError: .*pipeline") as caught:
         apply(generator)
-    assert type(caught.value) is DitPatchError and "in _apply" in str(caught.value.__cause__)
+    assert type(caught.value) is DitPatchError and "in patch_pipeline" in str(caught.value.__cause__)
 
 
 def test_an_answer_that_cannot_be_sent_is_a_failure_and_not_the_workers_end(generator):
-    answer = workers._answer(generator.workers[1], lambda worker: lambda: None)
+    answer = worker_calls.run_in_worker(generator.workers[1], lambda worker: lambda: None)
     assert answer.failure and pickle.loads(pickle.dumps(answer)) == answer
 
 

@@ -6,7 +6,7 @@
     run_command(Choice(patch_model="auto"), ["python", "generate.py"])   # run_command: an unmodified program
 
 `flags` reads what is to be patched from a command line or the environment. `workers` patches the pipelines that live in
-worker processes. The other files are `dit-patch run`, in the order in which they act:
+worker processes, through `worker_calls`. The other files are `dit-patch run`, in the order in which they act:
 
 `run_command` starts the command, and prints the report when it has ended.
 `run_folder` names the files and variables through which the processes of a run know of each other.
