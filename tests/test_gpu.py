@@ -9,7 +9,7 @@ from dit_patch.contribute import verify
 from dit_patch.functions.kv_cache import integer_indices
 from dit_patch.memo.keys import same_bits
 from dit_patch.rotary import eager, rotary, rotary_qk_
-from dit_patch.sites.inner_functions import Locals
+from dit_patch.sites.inner_functions import InnerFunctions
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
 
@@ -199,7 +199,7 @@ def test_the_kernel_gives_the_bits_of_the_libraries_functions(shape, dtype):
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    wan = Locals(WanAttnProcessor.__call__).apply_rotary_emb
+    wan = InnerFunctions(WanAttnProcessor.__call__).apply_rotary_emb
     for table in (torch.float32, torch.float64):
         x, cos, sin = turning(shape, dtype, table)
         assert same_bits(rotary(x, cos, sin), apply_rotary_emb(x, (cos, sin), sequence_dim=1))

@@ -9,7 +9,7 @@ from toys import inside
 
 from dit_patch.errors import SiteError
 from dit_patch.sites import layers
-from dit_patch.sites.inner_functions import Locals
+from dit_patch.sites.inner_functions import InnerFunctions
 from dit_patch.sites.resolve import places
 from dit_patch.spec.address import Address
 from dit_patch.spec.fingerprint import fingerprint
@@ -27,25 +27,25 @@ def doubled(x, by=1.0):
 
 
 def test_they_are_read_by_name_and_called():
-    assert set(vars(Locals(inside))) == {"twist", "spread"}
-    assert Locals(inside).twist(3.0, 2.0) == 7.0
-    assert inspect.getsource(Locals(inside).twist).lstrip().startswith("def twist(")
-    assert list(inspect.signature(Locals(inside).twist).parameters) == ["x", "by"]
+    assert set(vars(InnerFunctions(inside))) == {"twist", "spread"}
+    assert InnerFunctions(inside).twist(3.0, 2.0) == 7.0
+    assert inspect.getsource(InnerFunctions(inside).twist).lstrip().startswith("def twist(")
+    assert list(inspect.signature(InnerFunctions(inside).twist).parameters) == ["x", "by"]
 
 
 def test_one_is_replaced_and_the_others_are_not():
-    before, original = inside(3.0), Locals(inside).twist
-    Locals(inside).twist = doubled
-    assert Locals(inside).twist is doubled
+    before, original = inside(3.0), InnerFunctions(inside).twist
+    InnerFunctions(inside).twist = doubled
+    assert InnerFunctions(inside).twist is doubled
     assert inside(3.0) == 6.0 + before - original(3.0, 2.0)
-    Locals(inside).twist = original
+    InnerFunctions(inside).twist = original
     assert inside(3.0) == before
 
 
 def test_closures_and_functions_that_share_a_name_are_not_found():
-    assert "uses" not in vars(Locals(inside)) and "<lambda>" not in vars(Locals(inside))
+    assert "uses" not in vars(InnerFunctions(inside)) and "<lambda>" not in vars(InnerFunctions(inside))
     with pytest.raises(AttributeError, match="'uses'"):
-        Locals(inside).uses = doubled
+        InnerFunctions(inside).uses = doubled
 
 
 def test_layers_of_two_owners_come_off_in_any_order():
@@ -55,7 +55,7 @@ def test_layers_of_two_owners_come_off_in_any_order():
         return lambda original, instance, args, kwargs: original(*args, **kwargs) + by
 
     for first in (0, 1):
-        placed = [layers.install(Locals(inside), "twist", adding(by)) for by in (10.0, 100.0)]
+        placed = [layers.install(InnerFunctions(inside), "twist", adding(by)) for by in (10.0, 100.0)]
         assert inside(3.0) == before + 110.0
         assert layers.remove(placed.pop(first))
         assert inside(3.0) == before + (10.0 if first else 100.0)
@@ -64,9 +64,10 @@ def test_layers_of_two_owners_come_off_in_any_order():
 
 
 def test_its_fingerprint_is_that_of_its_own_source_wrapped_or_not():
-    bare = fingerprint(Locals(inside).twist)
-    layer = layers.install(Locals(inside), "twist", lambda original, instance, args, kwargs: 0.0)
-    assert fingerprint(layers.innermost(Locals(inside), "twist")) == bare != fingerprint(Locals(inside).spread)
+    functions = InnerFunctions(inside)
+    bare = fingerprint(functions.twist)
+    layer = layers.install(functions, "twist", lambda original, instance, args, kwargs: 0.0)
+    assert fingerprint(layers.innermost(functions, "twist")) == bare != fingerprint(functions.spread)
     layers.remove(layer)
 
 
@@ -78,7 +79,7 @@ def test_a_call_that_began_before_it_was_put_back_ends_with_the_original():
         assert go_on.wait(10)
         return x
 
-    layer = layers.install(Locals(inside), "twist", lambda original, instance, args, kwargs: -1.0)
+    layer = layers.install(InnerFunctions(inside), "twist", lambda original, instance, args, kwargs: -1.0)
     thread = threading.Thread(target=lambda: results.append(inside(3.0, first=wait)))
     thread.start()
     assert entered.wait(10)
@@ -90,7 +91,7 @@ def test_a_call_that_began_before_it_was_put_back_ends_with_the_original():
 
 def test_compiled_code_sees_the_original_and_does_not_break():
     x = torch.arange(4.0)
-    layer = layers.install(Locals(inside), "twist", lambda original, instance, args, kwargs: None)
+    layer = layers.install(InnerFunctions(inside), "twist", lambda original, instance, args, kwargs: None)
     try:
         torch._dynamo.reset()
         compiled = torch.compile(inside, fullgraph=True, backend="eager")

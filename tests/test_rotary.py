@@ -14,7 +14,7 @@ from dit_patch.hosts import fastvideo
 from dit_patch.memo.keys import Uncacheable, same_bits
 from dit_patch.memo.results import same
 from dit_patch.rotary import RotaryError, cpu, eager, rotary, rotary_qk_
-from dit_patch.sites.inner_functions import Locals
+from dit_patch.sites.inner_functions import InnerFunctions
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF_DTYPES]
@@ -48,7 +48,7 @@ def tables(width, dtype=torch.float32, tokens=TOKENS, repeat="interleave"):
 def closure(module="transformer_wan", processor="WanAttnProcessor"):
     """The function that an attention processor of diffusers defines inside itself."""
     found = __import__(f"diffusers.models.transformers.{module}", fromlist=[processor])
-    return Locals(getattr(found, processor).__call__).apply_rotary_emb
+    return InnerFunctions(getattr(found, processor).__call__).apply_rotary_emb
 
 
 @pytest.fixture

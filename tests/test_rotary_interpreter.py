@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_patch.sites.inner_functions import Locals
+from dit_patch.sites.inner_functions import InnerFunctions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = {}
@@ -67,7 +67,7 @@ def wan_closure():
     """The function inside of `WanAttnProcessor.__call__`."""
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    return Locals(WanAttnProcessor.__call__).apply_rotary_emb
+    return InnerFunctions(WanAttnProcessor.__call__).apply_rotary_emb
 
 
 @case("diffusers", dtype=DTYPES, width=[24, 64, 80, 96, 112, 128, 256])

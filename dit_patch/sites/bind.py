@@ -1,11 +1,11 @@
-"""A site of a spec bound to a model: its names looked up there, its replacement checked, its patches made.
+"""Binds a site of a spec to a model: looks its names up there, checks its replacement, and makes its patches.
 
 Changes nothing yet; installing the patches does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,9 @@ def _kind_of_absence(site: Site) -> FindingKind:
 
 
 def _counts_on_the_forward(site: Site) -> bool:
-    """Whether the site is only right inside the forward that its spec was written for.
+    """Return whether the site is right only inside the forward that its spec was written for.
 
-    A span is not: each of its steps is known by what it is called with.
+    A span is not such a site: each of its functions is known by what it is called with.
     """
     is_span = isinstance(site.address, SpanAddress)
     borrows = not is_span and any(name.startswith("model.") for name in site.key)
@@ -106,28 +106,26 @@ def _counts_on_the_forward(site: Site) -> bool:
 
 
 def _parameter(model: torch.nn.Module, path: str) -> tuple[dict, str] | None:
-    """The parameter at a path without `*`, as its owner's parameters and its name among them; None if it is none."""
-    place, _, name = path.rpartition(".")
+    """Return the parameter at a path without `*`, as its owner's parameters and its name there; None if it is none."""
+    parent, _, name = path.rpartition(".")
     try:
-        parameters = torch_internals.parameters(model.get_submodule(place))
+        parameters = torch_internals.parameters(model.get_submodule(parent))
     except AttributeError:
         return None
     return (parameters, name) if parameters.get(name) is not None else None
 
 
 def _leftovers(model: torch.nn.Module, paths: Iterable[str], label: str) -> list[tuple[torch.nn.Module, str]]:
-    """The attributes at these paths, as (owner, name)."""
-
-    def found() -> Iterator[tuple[torch.nn.Module, str]]:
-        for path in paths:
-            place, _, name = path.rpartition(".")
-            for owner in resolve.submodules(model, place, label):
-                if not hasattr(owner, name):
-                    near = suggest(name, vars(owner))
-                    raise SiteError(f"{label}: a {type(owner).__name__} has no attribute `{name}`{near}")
-                yield owner, name
-
-    return list(found())
+    """Return the attributes at these paths, as (owner, name)."""
+    attributes = []
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        for owner in resolve.submodules(model, parent, label):
+            if not hasattr(owner, name):
+                near = suggest(name, vars(owner))
+                raise SiteError(f"{label}: a {type(owner).__name__} has no attribute `{name}`{near}")
+            attributes.append((owner, name))
+    return attributes
 
 
 def _replacement(attribute: Attribute) -> Callable | None:

@@ -1,4 +1,4 @@
-"""What a site is bound with: the model and its arguments, and one attribute with what the site's names mean there."""
+"""What sites are bound with: a model with its arguments, and an attribute with what the site's names mean there."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..errors import SiteError, suggest
 from ..memo.store import Budget
 from ..spec.model import Site, Spec
 from . import layers, scope
-from .inner_functions import Locals
+from .inner_functions import InnerFunctions
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What all sites of one model are bound with."""
+    """All that the sites of one model are bound with."""
 
     model: torch.nn.Module
     #: Names of the arguments of the model's forward.
@@ -73,11 +73,11 @@ class Attribute:
     @property
     def is_global(self) -> bool:
         """Whether the attribute belongs to no model: it is shared, and outlives them."""
-        return isinstance(self.owner, (ModuleType, Locals))
+        return isinstance(self.owner, (ModuleType, InnerFunctions))
 
     @property
     def original(self) -> Callable:
-        """What is to be wrapped."""
+        """The callable that a layer goes around."""
         return layers.innermost(self.owner, self.name)
 
     @cached_property

@@ -1,7 +1,8 @@
-"""The functions that are defined inside another one, as attributes that can be read and replaced.
+"""The functions that another function defines, as attributes that can be read and replaced.
 
-`vars(Locals(f))["g"]` is the g that f makes anew at each call, and `Locals(f).g = h` has f call h in its place. What is
-replaced is the constant in f's code that g is made of; nothing of f is copied. Knows nothing about models or wrappers.
+`vars(InnerFunctions(f))["g"]` is the g that f makes anew at each call; `InnerFunctions(f).g = h` has f call h instead.
+What is replaced is the constant in f's code that g is made of; nothing of f is copied. Knows nothing about models or
+wrappers.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from types import CodeType, FunctionType
 from typing import Any
 
 
-class Locals:
-    """A view of the functions that `outer` defines; what is known of them is in its code, and in its module.
+class InnerFunctions:
+    """A view of the functions that `outer` defines, without state of its own: it is all in `outer`'s code and module.
 
-    Those that use variables of `outer` are not among them.
+    Functions that use variables of `outer` are not among them.
     """
 
     __slots__ = ("_outer",)
@@ -40,7 +41,7 @@ class Locals:
             new = original
         else:
             outer.__globals__[key] = value
-            new = _calling(key, original, before)
+            new = _calling_code(key, original, before)
         constants = tuple(new if each is old else each for each in outer.__code__.co_consts)
         code = outer.__code__.replace(co_consts=constants)
         outer.__code__ = before if code == before else code  # which compiled code may have been made of
@@ -64,15 +65,15 @@ class Locals:
         return self._outer.__globals__[self._key(code.co_name)]
 
     def _key(self, name: str) -> str:
-        """Under which name the module has what is called in its place: one that no source can spell.
+        """Return the name under which the module holds what is called in its place: one that no source can spell.
 
-        Dynamo takes a dot in it for a path.
+        Without dots, since Dynamo takes a dot for a path.
         """
         return f"{self._outer.__qualname__} <locals> {name}".replace(".", " ")
 
 
-def _calling(key: str, original: CodeType, outer: CodeType) -> CodeType:
-    """The code of a function that calls the global `key`; and the original, where that has just been taken away."""
+def _calling_code(key: str, original: CodeType, outer: CodeType) -> CodeType:
+    """Return the code of a function that calls the global `key`, or the original where that has just been removed."""
     code = _template.__code__
     own = next(each for each in code.co_consts if isinstance(each, CodeType))
     return code.replace(
@@ -83,7 +84,7 @@ def _calling(key: str, original: CodeType, outer: CodeType) -> CodeType:
 
 
 def _replaced(code: CodeType) -> tuple[CodeType, CodeType] | None:
-    """The original and the outer code that `_calling` was given, if it made this code."""
+    """Return the original and the outer code that `_calling_code` was given, if it made this code."""
     if code.co_code != _template.__code__.co_code or code.co_filename != __file__:
         return None
     original, outer = (each for each in code.co_consts if isinstance(each, CodeType))

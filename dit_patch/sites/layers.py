@@ -2,7 +2,7 @@
 
 Knows nothing about models, specs or caches. A plain `wrapt.FunctionWrapper` breaks `copy.deepcopy`, `pickle` and
 `torch.compile(fullgraph=True)`, and popping the outermost wrapper removes somebody else's; `Wrapped`, `install` and
-`remove` are what is needed on top of it.
+`remove` are what is needed on top of it. A `Placement` keeps a layer on one attribute.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Wrapped(wrapt.FunctionWrapper):
 
     def __init__(self, wrapped: Callable, wrapper: Callable, *, own: bool) -> None:
         super().__init__(wrapped, wrapper)
-        self._self_own = own  # the owner held the attribute itself, rather than inheriting it from its class
+        #: Whether the owner held the attribute itself, rather than inheriting it from its class.
+        self._self_own = own
         # All that a call needs in one attribute, since reading one through wrapt's proxy takes its time; None: asleep.
         self._self_call: Callable | None = functools.partial(wrapper, wrapped, None)
         self._self_home: tuple[Any, str] | None = None
@@ -90,19 +91,19 @@ def install(owner: Any, name: str, wrapper: Callable, installer: Any = None) -> 
 
 
 def innermost(owner: Any, name: str) -> Callable:
-    """What `install` would wrap: the attribute, or what a hook of accelerate or diffusers calls in its place."""
+    """Return what `install` would wrap: the attribute, or what a hook of accelerate or diffusers calls in its place."""
     return getattr(*_innermost(owner, name))
 
 
 def installed(wrapped: Wrapped) -> bool:
-    """Whether a call of the attribute still reaches the layer, as far as can be seen from the outside."""
+    """Return whether a call of the attribute still reaches the layer, as far as can be seen from the outside."""
     owner, name = wrapped._self_home
     with _lock:
         return _find(owner, name, wrapped) is not None or _hidden(wrapped)
 
 
 def remove(wrapped: Wrapped) -> bool:
-    """Undo `install`. False if another library holds the layer inside a wrapper of its own: it then sleeps there.
+    """Undo `install`; return False if another library holds the layer inside a wrapper of its own, where it sleeps.
 
     A sleeping layer passes every call through, and takes itself away at the first call that finds it on top again.
     """
@@ -111,14 +112,73 @@ def remove(wrapped: Wrapped) -> bool:
         return _settle(wrapped) or not _hidden(wrapped)
 
 
-def remove_when_freed(of: object, wrapped: Wrapped) -> weakref.finalize:
-    """Have `wrapped` removed when `of` is freed; if something is being compiled just then, at a later collection.
+class Placement:
+    """Keeps a layer on the attribute `name` of `owner`, and puts it back where another library has dropped it."""
+
+    def __init__(self, owner: Any, name: str, wrapper: Callable) -> None:
+        self.owner, self.name, self.wrapper = owner, name, wrapper
+        #: The layer that was installed last; it may be gone.
+        self.layer: Wrapped | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.name} on a {type(self.owner).__name__}>"
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether no layer is in the way of the calls: there was none, or another library has taken it away."""
+        return self.layer is None or not installed(self.layer)
+
+    def install(self) -> None:
+        """Put a new layer on the attribute, in place of one that is displaced."""
+        self.remove()
+        self.layer = install(self.owner, self.name, self.wrapper)
+
+    def remove(self) -> bool:
+        """Take the layer away; False if it has to sleep inside another library's wrapper until that goes."""
+        return self.layer is None or remove(self.layer)
+
+
+class GlobalPlacement(Placement):
+    """Does so on a global, which outlives the models: it holds the wrapper weakly, and goes when that is freed."""
+
+    def __init__(self, owner: Any, name: str, wrapper: Callable) -> None:
+        super().__init__(owner, name, _WeakWrapper(wrapper))
+        self._finalizer: weakref.finalize | None = None
+
+    def install(self) -> None:
+        super().install()
+        self._finalizer = remove_when_freed(self.wrapper.reference(), self.layer)
+
+    def remove(self) -> bool:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        return super().remove()
+
+
+class _WeakWrapper:
+    """Hands calls on to a wrapper for as long as that is there."""
+
+    __slots__ = ("reference",)
+
+    def __init__(self, wrapper: Callable) -> None:
+        self.reference = weakref.ref(wrapper)
+
+    def __repr__(self) -> str:
+        return f"<_WeakWrapper of {self.reference()!r}>"
+
+    def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        wrapper = self.reference()
+        return original(*args, **kwargs) if wrapper is None else wrapper(original, instance, args, kwargs)
+
+
+def remove_when_freed(owner: object, wrapped: Wrapped) -> weakref.finalize:
+    """Have `wrapped` removed when `owner` is freed; if something is being compiled just then, at a later collection.
 
     A collection may come while a compiler writes down as guards which layers it went through.
     """
-    end = weakref.finalize(of, _remove_unless_compiling, wrapped)
-    end.atexit = False
-    return end
+    finalizer = weakref.finalize(owner, _remove_unless_compiling, wrapped)
+    finalizer.atexit = False
+    return finalizer
 
 
 def _remove_unless_compiling(wrapped: Wrapped) -> None:
@@ -155,7 +215,7 @@ def _settle(wrapped: Wrapped) -> bool:
 
 
 def _find(owner: Any, name: str, wrapped: Wrapped) -> tuple[Any, str, Wrapped | None] | None:
-    """Where the layer is: the slot (holder, attribute) and the layer of ours directly above it, if there is one."""
+    """Return where the layer is: its slot (holder, attribute), and the layer of ours directly above it, if any."""
     for holder, attribute in _slots(owner, name):
         above, here = None, vars(holder).get(attribute)
         while type(here) is Wrapped:
@@ -171,7 +231,7 @@ def _innermost(owner: Any, name: str) -> tuple[Any, str]:
 
 
 def _slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
-    """The attributes that hold a callable on its way in, outermost first: `owner.name`, then what hooks have saved."""
+    """Yield the attributes that a call goes through, outermost first: `owner.name`, then what hooks have saved."""
     holder, attribute = owner, name
     for _ in range(_DEEPEST):
         yield holder, attribute
@@ -185,12 +245,12 @@ def _slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
 
 
 def _saved_by_hook(module: Any, value: Any) -> tuple[Any, str] | None:
-    """Where accelerate's or diffusers' hook, if `value` is one, keeps the forward that it replaced."""
+    """Return where accelerate's or diffusers' hook, if `value` is one, keeps the forward that it replaced."""
     return accelerate_internals.saved_forward(module, value) or diffusers_internals.saved_forward(value)
 
 
 def _hidden(wrapped: Wrapped) -> bool:
-    """Whether the layer is somewhere inside another library's wrapper, going by the `__wrapped__` convention."""
+    """Return whether the layer is inside another library's wrapper, going by the `__wrapped__` convention."""
     owner, name = wrapped._self_home
     value = vars(owner).get(name)
     for _ in range(_DEEPEST):

@@ -1,4 +1,4 @@
-"""Where and as what a spec wants the results of a site: `device: model` and `dtype:`."""
+"""The device and the dtype in which a spec wants the results of a site: `device: model` and `dtype:`."""
 
 from __future__ import annotations
 

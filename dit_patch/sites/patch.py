@@ -1,8 +1,7 @@
-"""What everybody may ask of a patch, and what all patches of one attribute share: the layer, and what it displaces."""
+"""A patch: what may be asked of any, and what those of an attribute share (a layer, and results that it displaces)."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,8 +9,8 @@ import torch
 
 from ..memo.lookup import Memo
 from ..spec.model import Site
-from . import layers
 from .binding import Attribute, Binding, Overrides
+from .layers import GlobalPlacement, Placement
 from .scope import Frame
 
 
@@ -60,18 +59,14 @@ class AttributePatch:
 
     def __init__(self, binding: Binding, attribute: Attribute) -> None:
         attribute.check_names(binding)
-        self.site, self.label, self.model, self.attribute = (
-            attribute.site,
-            attribute.label,
-            binding.model,
-            attribute,
-        )
+        self.attribute, self.model = attribute, binding.model
+        self.site, self.label = attribute.site, attribute.label
         self.memo = Memo(attribute.label, binding.budget, binding.check)
-        #: None where nothing is overridden.
+        #: Arguments that the model's own call overrides; None where there are none.
         self.overrides = Overrides(self.site.bind, attribute.parameters) if binding.fixes and self.site.bind else None
         self._leftovers = Leftovers(attribute.leftovers)
-        self._layer: layers.Wrapped | None = None
-        self._end: weakref.finalize | None = None
+        place = GlobalPlacement if attribute.is_global else Placement
+        self._placement = place(attribute.owner, attribute.name, self)
 
     def __repr__(self) -> str:
         cache = self.memo.cache
@@ -82,26 +77,15 @@ class AttributePatch:
 
     def install(self) -> None:
         """Wrap the attribute, or wrap it again where another library has dropped the layer."""
-        if self._layer is not None and layers.installed(self._layer):
-            return
-        if self._layer is not None:
-            layers.remove(self._layer)
-        self._leftovers.take()
-        owner, name = self.attribute.owner, self.attribute.name
-        if not self.attribute.is_global:
-            self._layer = layers.install(owner, name, self)
-            return
-        # A global outlives the model, which must not live on in it.
-        self._layer = layers.install(owner, name, _Weakly(self))
-        self._end = layers.remove_when_freed(self, self._layer)
+        if self._placement.is_displaced:
+            self._leftovers.take()
+            self._placement.install()
 
     def remove(self) -> bool:
         """Take the layer away; False if it has to sleep inside another library's wrapper until that goes."""
         self.clear()
         self._leftovers.put_back()
-        if self._end is not None:
-            self._end.detach()
-        return self._layer is None or layers.remove(self._layer)
+        return self._placement.remove()
 
     def clear(self) -> None:
         """Forget every result."""
@@ -123,7 +107,7 @@ class AttributePatch:
     @property
     def is_displaced(self) -> bool:
         """Whether another library has taken the layer out of the way of the calls."""
-        return self._layer is None or not layers.installed(self._layer)
+        return self._placement.is_displaced
 
     @property
     def fixes(self) -> bool:
@@ -176,16 +160,3 @@ class Leftovers:
     def _clear(self) -> None:
         for owner, name in self.places:
             setattr(owner, name, None)
-
-
-class _Weakly:
-    """Hands calls on to a patch for as long as that is there."""
-
-    __slots__ = ("_patch",)
-
-    def __init__(self, patch: AttributePatch) -> None:
-        self._patch = weakref.ref(patch)
-
-    def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        patch = self._patch()
-        return original(*args, **kwargs) if patch is None else patch(original, instance, args, kwargs)

@@ -22,7 +22,7 @@ from ..spec.address import (
     StageAddress,
 )
 from ..upstream.torch_internals import children, is_compiled
-from .inner_functions import Locals
+from .inner_functions import InnerFunctions
 from .pipeline_models import find_stages, unwrap
 
 
@@ -179,7 +179,7 @@ def _inner_function(module: ModuleType, path: str, name: str, label: str) -> Pla
         outer = vars(outer).get(step) if hasattr(outer, "__dict__") else None
     if not isinstance(outer, FunctionType):
         raise SiteError(f"{label}: {module.__name__} has no function `{path}` that is plain Python")
-    functions = vars(Locals(outer))
+    functions = vars(InnerFunctions(outer))
     if name not in functions:
         raise SiteError(f"{label}: `{path}` defines no function `{name}` of its own{suggest(name, functions)}")
-    return Place(Locals(outer), name)
+    return Place(InnerFunctions(outer), name)

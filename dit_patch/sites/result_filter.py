@@ -15,6 +15,7 @@ class ResultFilter(AttributePatch):
 
     def __init__(self, binding: Binding, attribute: Attribute, function: Callable[[Any], Any]) -> None:
         super().__init__(binding, attribute)
+        #: Takes the result and returns what goes out.
         self.function = function
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:

@@ -1,10 +1,10 @@
 """A site without a call of its own: the tensor code that a model's forward runs between two of its submodules.
 
-From the end of one submodule, or the beginning of the forward, to the start of the next, torch functions are watched.
-A pure one whose tensor inputs are all known (arguments of the forward that the spec names, or earlier results of the
-span) is memoised by its function, its other arguments and the identity of those inputs; everything else runs as it is.
-Every step is looked up by what it is called with, so that no key can be too coarse: changed code or other inputs are
-other keys. Asking a known tensor whether it is true is such a step, too: on a GPU the host waits for that.
+A mode watches the torch functions that are called from the end of one submodule, or the beginning of the forward, to
+the start of the next. A pure function whose tensor inputs are all known (arguments of the forward that the spec names,
+or earlier results of the span) is memoised by its name, its other arguments and the identity of those inputs; all else
+runs as it is. Each function is looked up by what it is called with, so no key can be too coarse: changed code or other
+inputs are other keys. Asking a known tensor whether it is true is such a function, too: on a GPU the host waits for it.
 """
 
 from __future__ import annotations
@@ -42,45 +42,50 @@ class Span:
     """A span at work on one model. One that begins with the forward has to be told of it: `on_forward_start`.
 
     Raises:
-        SiteError: where the spec names an argument that the model's forward does not have.
+        SiteError: the spec names an argument that the model's forward does not have.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        label: str,
-        binding: Binding,
-        ends: Ends,
-    ) -> None:
-        self.site, self.label, self.model, self.ends = site, label, binding.model, ends
+    #: It has no layer, and torch's hooks stay where they are.
+    is_displaced = False
+    fixes = False
+    leaves_modes = True
+
+    def __init__(self, site: Site, label: str, binding: Binding, ends: Ends) -> None:
+        self.site, self.label, self.model = site, label, binding.model
+        #: The submodules that it lies between.
+        self.ends = ends
         self.memo = Memo(label, binding.budget, binding.check)
-        self.names = [name.removeprefix("model.") for name in site.key]
-        for name in self.names:
+        #: Arguments of the forward whose identity counts.
+        self.arguments = [name.removeprefix("model.") for name in site.key]
+        for name in self.arguments:
             if name not in binding.parameters and not binding.takes_any:
                 near = suggest(name, binding.parameters)
                 raise SiteError(f"{label}: the model's forward has no parameter `{name}`{near}")
         self._hooks: list = []
-        self._arguments: dict[tuple, Argument] = {}
+        #: How arguments enter keys, by the name of the torch function.
+        self._readers: dict[tuple, Argument] = {}
 
     def __repr__(self) -> str:
         return f"<Span {self.site.at}: {self.memo.cache.hits} hits, {self.memo.cache.misses} misses>"
 
     @property
     def watches_forwards(self) -> bool:
-        """Whether it begins where a forward does."""
+        """Whether `on_forward_start` has to be called."""
         return self.ends.start is None
 
     def on_forward_start(self, frame: scope.Frame) -> None:
-        """Begin to watch, at the start of a forward."""
+        """Begin to watch."""
         self.begin()
 
     def install(self) -> None:
+        """Put hooks on the two submodules."""
         if not self._hooks:
             self._hooks = [self.ends.end.register_forward_pre_hook(scope.Hook(self.finish, self), prepend=True)]
             if self.ends.start is not None:
                 self._hooks.append(self.ends.start.register_forward_hook(scope.Hook(self.begin, self)))
 
     def remove(self) -> bool:
+        """Take the hooks away and forget every result."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -88,19 +93,17 @@ class Span:
         return True
 
     def clear(self) -> None:
+        """Forget every result."""
         self.memo.cache.clear()
-
-    is_displaced = False  # torch's hooks stay where they are
-    fixes = False
-    leaves_modes = True
 
     def argument(self, name: str, facets: tuple[str, ...]) -> Argument:
         """Return how arguments of the torch function of that name enter keys."""
-        if (name, facets) not in self._arguments:
-            self._arguments[name, facets] = Argument(name, facets, self.label)
-        return self._arguments[name, facets]
+        if (name, facets) not in self._readers:
+            self._readers[name, facets] = Argument(name, facets, self.label)
+        return self._readers[name, facets]
 
     def begin(self, *_) -> None:
+        """Watch torch functions from now on, in a forward of the model, once in each."""
         frame = scope.current()
         if frame is None or frame.model is not self.model or frame.calls.get(self):
             return
@@ -111,32 +114,47 @@ class Span:
             if is_compiled_along(self.model, self.ends.path):
                 # A mode that is on when a compiled function is entered would have it compiled again.
                 raise Uncacheable("the submodule after it is compiled")
-            if self.names and frame.nameless:
+            if self.arguments and frame.nameless:
                 raise Uncacheable("the model was called with positional arguments that its spec does not name")
-            mode = _Watch(self, context_key(True), [frame.argument(name) for name in self.names])
+            mode = _WatchMode(self, context_key(True), [frame.argument(name) for name in self.arguments])
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
             return
         mode.__enter__()
-        frame.on_exit(_Watch, mode.finish)
+        frame.on_exit(_WatchMode, mode.leave)
 
     def finish(self, *_) -> None:
+        """Watch no longer."""
         frame = scope.current()
         if frame is not None and frame.model is self.model:
-            frame.exit_early(_Watch)
+            frame.exit_early(_WatchMode)
 
 
-class _Watch(TorchFunctionMode):
-    def __init__(self, span: Span, around: Hashable, arguments: list[Any]) -> None:
+class _WatchMode(TorchFunctionMode):
+    """Memoises torch functions of known tensors while it is on, for one pass through a span.
+
+    Args:
+        context: what results depend on besides arguments, see `memo.keys`.
+        arguments: those of the forward that the span knows, in which lists of tensors count as tensors.
+    """
+
+    def __init__(self, span: Span, context: Hashable, arguments: list[Any]) -> None:
         super().__init__()
-        self.span, self.around = span, around
-        listed = [item for value in arguments for item in (value if isinstance(value, (list, tuple)) else (value,))]
-        self.given = [value for value in listed if isinstance(value, torch.Tensor)]
-        self.known = {id(tensor): tensor for tensor in self.given}
-        self.made: dict[int, Entry] = {}
-        self.capturing = is_capturing()
+        self.span, self.context = span, context
+        items = [item for value in arguments for item in (value if isinstance(value, (list, tuple)) else (value,))]
+        #: Tensors among the arguments.
+        self.inputs = [value for value in items if isinstance(value, torch.Tensor)]
+        #: Tensors that may be a part of a key, by id: inputs, and results so far.
+        self.known = {id(tensor): tensor for tensor in self.inputs}
+        #: Where the results so far are stored, by their id.
+        self.entries: dict[int, Entry] = {}
+        self.is_capturing = is_capturing()
 
-    def finish(self) -> None:
+    def __repr__(self) -> str:
+        return f"<_WatchMode of {self.span!r}: {len(self.known)} tensors known>"
+
+    def leave(self) -> None:
+        """Take the mode off the stack, wherever in it it is."""
         leave_function_mode(self)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -148,33 +166,36 @@ class _Watch(TorchFunctionMode):
         if not inputs and name not in _FACTORIES or any(id(tensor) not in self.known for tensor in inputs):
             return function(*args, **kwargs)
         memo = self.span.memo
-        step = _Step(self, function, args, kwargs)
+        call = _FunctionCall(self, function, args, kwargs)
         try:
-            key = (self.around, name, *step.parts(None))
+            key = (self.context, name, *call.parts(None))
         except Uncacheable as reason:
             memo.bypass(str(reason))
             return function(*args, **kwargs)
-        if self.capturing:
+        if self.is_capturing:
             # What has no tensor in it is the same at every replay.
             entry = None if inputs else memo.get_in_capture(key)
             return function(*args, **kwargs) if entry is None else entry.result()
-        result = memo.recall(key, step)
+        result = memo.recall(key, call)
         entry = memo.cache.entries.get(key)
         if entry is not None and isinstance(result, torch.Tensor):
-            self.known[id(result)], self.made[id(result)] = result, entry
+            self.known[id(result)], self.entries[id(result)] = result, entry
         return result
 
 
-class _Step:
-    """One torch function of the span, as `Memo` asks about it."""
+class _FunctionCall:
+    """One call of a torch function in a span, as `Memo` asks about it."""
 
-    __slots__ = ("args", "function", "kwargs", "watch")
+    __slots__ = ("args", "function", "kwargs", "mode")
 
-    def __init__(self, watch: _Watch, function: Any, args: tuple, kwargs: dict) -> None:
-        self.watch, self.function, self.args, self.kwargs = watch, function, args, kwargs
+    def __init__(self, mode: _WatchMode, function: Any, args: tuple, kwargs: dict) -> None:
+        self.mode, self.function, self.args, self.kwargs = mode, function, args, kwargs
+
+    def __repr__(self) -> str:
+        return f"<_FunctionCall {self.function.__name__}>"
 
     def parts(self, dependencies: Dependencies | None, facets: tuple[str, ...] = ("identity",)) -> list[Hashable]:
-        argument = self.watch.span.argument(self.function.__name__, facets)
+        argument = self.mode.span.argument(self.function.__name__, facets)
         return [
             *(argument.part(value, dependencies) for value in self.args),
             *((name, argument.part(value, dependencies)) for name, value in self.kwargs.items()),
@@ -187,16 +208,15 @@ class _Step:
         dependencies = Dependencies()
         self.parts(dependencies)
         # A view keeps the storage that it is keyed by, so it must go with the result that it is a view of.
-        dependencies.others = [
-            self.watch.made[id(tensor)].is_stored for tensor in self.stored() if id(tensor) in self.watch.made
-        ]
+        entries = self.mode.entries
+        dependencies.others = [entries[id(tensor)].is_stored for tensor in self.stored() if id(tensor) in entries]
         return dependencies
 
     def signature(self) -> Hashable:
         return self.function.__name__, *self.parts(None, ("shape", "dtype", "device"))
 
     def sources(self) -> list[torch.Tensor]:
-        return self.watch.given
+        return self.mode.inputs
 
     def stored(self) -> list[torch.Tensor]:
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, torch.Tensor)]

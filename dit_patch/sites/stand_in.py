@@ -1,4 +1,4 @@
-"""A site whose result is computed for nobody: what is handed out instead is small, and useless to whoever reads it."""
+"""A site whose result nobody reads: what is handed out instead is small, and useless to whoever reads it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from .scope import Frame
 
 
 class StandInSite(AttributePatch):
-    """Hands out a stand-in where the spec says that nobody reads the result; else it does what `otherwise` does.
+    """Hands out a stand-in in a forward in which nobody reads the result; otherwise it does what `otherwise` does.
 
     A spec says `unused: true`, or `unused_with:` the arguments of the model's forward with which it is unused.
     """
 
     def __init__(self, binding: Binding, attribute: Attribute, otherwise: AttributePatch) -> None:
         super().__init__(binding, attribute)
+        #: What answers calls whose result is read; the counters are one.
         self.otherwise, self.memo = otherwise, otherwise.memo
         self._output = Output(self.site)
         self._unused_with = tuple(name.removeprefix("model.") for name in self.site.unused_with)
         self._may_be_captured = self.may_be_captured
+        #: The stand-ins, by the device that they are on.
         self._results: dict[torch.device | None, Any] = {}
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -67,7 +69,7 @@ class StandInSite(AttributePatch):
         return self.otherwise.depends_on(weight)
 
     def _is_unread(self, frame: Frame) -> bool:
-        """Return whether the result is for nobody: in any forward, or in this one, which got all of `unused_with`."""
+        """Return whether nobody reads the result: in any forward, or in this one, which got all of `unused_with`."""
         if frame.nameless and self._unused_with:
             return False
         if self.site.unused:
@@ -82,7 +84,7 @@ def _is_given(value: Any) -> bool:
 
 
 def stand_in(result: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-    """Like `result`, with NaN (0, where there is none) in its tensors and a flex BlockMask that fits no sequence.
+    """Return the like of `result`: NaN (0 for integers) in its tensors, and a flex BlockMask that fits no sequence.
 
     Tensors have their shapes, but only one element of memory; they are on `device` and of `dtype` if given.
     """
@@ -102,7 +104,7 @@ def _unreadable(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) 
 
 
 def _fits_nothing(mask: Any, device: torch.device | None) -> Any:
-    """A mask of one query and one key: flex_attention refuses it for any others."""
+    """Return a mask of one query and one key, which flex_attention refuses for any others."""
     blocks = torch.zeros((1, 1, 1), dtype=torch.int32, device=device or mask.kv_num_blocks.device)
     indices = blocks.unsqueeze(-1)
     return type(mask).from_kv_blocks(blocks, indices, BLOCK_SIZE=mask.BLOCK_SIZE, seq_lengths=(1, 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...sites.inner_functions import Locals
+from ...sites.inner_functions import InnerFunctions
 from ...upstream import fastvideo_internals
 from ..surroundings import version
 
@@ -93,7 +93,7 @@ def wan_closure() -> Callable[..., torch.Tensor]:
     """
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    functions = vars(Locals(WanAttnProcessor.__call__))
+    functions = vars(InnerFunctions(WanAttnProcessor.__call__))
     if "apply_rotary_emb" not in functions:
         raise LookupError("no function apply_rotary_emb in WanAttnProcessor.__call__")
     return functions["apply_rotary_emb"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...sites import layers
-from ...sites.inner_functions import Locals
+from ...sites.inner_functions import InnerFunctions
 from ...spec.address import GlobalAddress
 from ...spec.fingerprint import fingerprint
 from ...spec.registry import Registry
@@ -77,5 +77,5 @@ def _functions(model: torch.nn.Module, places: set[GlobalAddress]) -> Iterator[t
 def _inside(module: ModuleType, cls: type) -> Iterator[tuple[str, Any, str]]:
     for method in vars(cls).values():
         if isinstance(method, FunctionType):
-            for name in vars(Locals(method)):
-                yield f"{module.__name__}:{method.__qualname__}.<locals>.{name}", Locals(method), name
+            for name in vars(InnerFunctions(method)):
+                yield f"{module.__name__}:{method.__qualname__}.<locals>.{name}", InnerFunctions(method), name
