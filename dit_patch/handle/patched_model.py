@@ -79,7 +79,6 @@ class PatchedModel:
             is_of_stages = isinstance(site.address, StageAddress)
             if is_of_stages and site.at not in self.sites and find_stages(target, self.model):
                 self._bind(site, target)
-        self.__dict__.pop("_watchers", None)
         for patch in self.patches:
             patch.install()
         if self.step_cache is not None:
@@ -128,7 +127,7 @@ class PatchedModel:
 
     @cached_property
     def _watchers(self) -> list[Patch]:
-        """The patches that prepare for each forward."""
+        """The patches that prepare for each forward; those that `repair` adds, of stages, never do."""
         return [patch for patch in self.patches if patch.watches_forwards]
 
     def _on_forward_end(self, frame: Frame) -> None:
