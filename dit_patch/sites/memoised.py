@@ -26,9 +26,11 @@ class MemoisedSite(AttributePatch):
     def __init__(self, binding: Binding, attribute: Attribute, replacement: Callable | None = None) -> None:
         super().__init__(binding, attribute)
         self.output = Output(self.site)
+        #: What makes a key of a call.
         self.key = SiteKey(attribute, binding.model, self.output, self.memo, self.modules)
         #: None where the original computes what is kept.
         self.replacement = None if replacement is None else Replacement(attribute, replacement, self.memo)
+        #: How calls are told apart that are checked once each.
         self.signature = call_signature(attribute)
         self._may_be_captured = self.may_be_captured
         self._is_global = attribute.is_global
@@ -50,7 +52,7 @@ class MemoisedSite(AttributePatch):
             return original(*args, **kwargs)
         try:
             context = context_key(self._may_be_captured)
-            key = self.key.of(context, ordinal, args, kwargs, frame)
+            key = self.key.make(context, ordinal, args, kwargs, frame)
         except Uncacheable as reason:
             memo.bypass(str(reason))
             return original(*args, **kwargs)
@@ -91,17 +93,20 @@ class SiteKey:
     ) -> None:
         self.arguments = Plan(attribute.parameters, attribute.site.key, attribute.label)
         self._output, self._memo = output, memo
+        #: Functions whose values are a part of the key.
         self._values = tuple(attribute.values)
+        #: What is known of weights and attributes; None where results depend on none.
         self._guards: ModuleGuards | None = None
         if modules or attribute.weights:
             subtree = attribute.owner is not model
             self._guards = ModuleGuards(modules, model, subtree=subtree, parameters=attribute.weights)
+        #: The guards' number at the last call; another one makes all results worthless.
         self._epoch = 0
 
     def __repr__(self) -> str:
         return f"<SiteKey in epoch {self._epoch}>"
 
-    def of(self, context: Hashable, ordinal: int, args: tuple, kwargs: dict, frame: Frame | None) -> Hashable:
+    def make(self, context: Hashable, ordinal: int, args: tuple, kwargs: dict, frame: Frame | None) -> Hashable:
         """Return the key of a call, the `ordinal`-th of its site in this forward.
 
         Raises:
@@ -141,6 +146,9 @@ class _Call:
 
     def __init__(self, site: MemoisedSite, original: Callable, args: tuple, kwargs: dict, frame: Frame | None) -> None:
         self.site, self.original, self.args, self.kwargs, self.frame = site, original, args, kwargs, frame
+
+    def __repr__(self) -> str:
+        return f"<_Call of {self.site!r}>"
 
     def compute(self) -> Any:
         return self.site.compute(self.original, self.args, self.kwargs, self.frame)

@@ -1,7 +1,7 @@
-"""Which owned forward are we inside, and with which arguments.
+"""Tells which forward of which patched model is running, and with which arguments.
 
-Torch's own forward hooks bracket a model's forward (accelerate cannot displace them, and they run when it raises);
-a `ContextVar` holds the innermost `Frame`, so that threads and nested models do not see each other's.
+Torch's own forward hooks stand around a model's forward (accelerate cannot displace them, and they run when it raises).
+A `ContextVar` holds the innermost `Frame`, so that threads and nested models do not see each other's.
 Knows nothing about specs, keys or caches.
 """
 
@@ -43,7 +43,7 @@ class Frame:
         return f"<Frame of {type(self.model).__name__}: {len(self.calls)} called>"
 
     def argument(self, name: str) -> Any:
-        """The forward's argument `name` as the caller gave it; None where it was left to its default."""
+        """Return the forward's argument `name` as the caller gave it; None where it was left to its default."""
         value = self.kwargs.get(name, MISSING)
         if value is MISSING:
             position = self.positions.get(name, len(self.args))
@@ -52,13 +52,13 @@ class Frame:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All that were given and have names, by them."""
+        """The arguments that were given and have names, by name."""
         named = {name: self.args[at] for name, at in self.positions.items() if at < len(self.args)}
         return named | self.kwargs
 
     @property
     def device(self) -> torch.device | None:
-        """Where the model runs: the device of its first tensor argument."""
+        """The device that the model runs on: that of its first tensor argument."""
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, torch.Tensor):
                 return value.device
@@ -83,13 +83,12 @@ class Frame:
 
 
 class Hook:
-    """A torch hook of ours: silent while compiling, and nothing at all in a copy or a pickle of its module.
-
-    `owner` is whoever a hook that is found on a model leads to.
-    """
+    """A torch hook of ours: silent while compiling, and nothing at all in a copy or a pickle of its module."""
 
     def __init__(self, callback: Callable, owner: Any = None) -> None:
-        self.callback, self.owner = callback, owner
+        self.callback = callback
+        #: The object that a hook found on a model belongs to.
+        self.owner = owner
 
     def __repr__(self) -> str:
         return f"<Hook of {self.owner!r}>"
@@ -107,10 +106,13 @@ class Hook:
 
 
 class Scope:
-    """The pair of hooks on one model.
+    """The pair of hooks on one model that opens a frame for each of its forwards.
 
-    `finished(frame)` is called after each of its forwards that did not raise, `started(frame)` before each. `names` are
-    the forward's positional parameters, where its signature does not say. `handle` is the one that watches the model.
+    Args:
+        finished: called with the frame after each forward that did not raise.
+        started: called with the frame before each forward.
+        names: the forward's positional parameters, where its signature does not say.
+        handle: the one that watches the model.
     """
 
     def __init__(
@@ -138,9 +140,9 @@ class Scope:
         self._abandon()
 
     def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-        if (
-            kwargs is None
-        ):  # removed by another hook of this very forward, which torch then calls as a hook without them
+        """Open a frame: the forward begins."""
+        if kwargs is None:
+            # Another hook of this very forward has removed this one; torch then calls it as a hook without them.
             return
         # A model is never inside its own forward; but torch runs no hooks for an interrupt.
         self._abandon()
@@ -150,6 +152,7 @@ class Scope:
             self.started(frame)
 
     def leave(self, module: torch.nn.Module, args: tuple, *kwargs_and_output: Any) -> None:
+        """Close the frame: the forward has ended, or raised, and then without an output."""
         if len(kwargs_and_output) < 2:  # removed, as above
             return
         output = kwargs_and_output[1]
@@ -174,7 +177,7 @@ class Scope:
 
 
 def scope_of(model: torch.nn.Module) -> Scope | None:
-    """The scope that watches `model`, read from the model's own hooks."""
+    """Return the scope that watches `model`, read from the model's own hooks; None if none does."""
     for hook in forward_pre_hooks(model).values():
         if isinstance(hook, Hook) and isinstance(hook.owner, Scope):
             return hook.owner
@@ -182,13 +185,13 @@ def scope_of(model: torch.nn.Module) -> Scope | None:
 
 
 def parameters(model: torch.nn.Module) -> list[str]:
-    """Names of the arguments of the model's forward, seen through decorators; without `self`, `*args`, `**kwargs`."""
+    """Return the names of the forward's arguments, seen through decorators; without `self`, `*args`, `**kwargs`."""
     given = list(inspect.signature(inspect.unwrap(type(model).forward)).parameters.values())[1:]
     return [each.name for each in given if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
 def takes_any(model: torch.nn.Module) -> bool:
-    """Whether the model's forward takes keyword arguments that its signature does not name."""
+    """Return whether the model's forward takes keyword arguments that its signature does not name."""
     given = inspect.signature(inspect.unwrap(type(model).forward)).parameters.values()
     return any(each.kind is each.VAR_KEYWORD for each in given)
 
