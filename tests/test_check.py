@@ -241,7 +241,7 @@ def test_a_configuration_keeps_its_modes_and_takes_the_minis_sizes(tmp_path, cap
     }
     file = tmp_path / "config.json"
     file.write_text(json.dumps(given))
-    subject = cases.configured(spec, file)
+    subject = cases.from_config(spec, file)
     config = subject.case.config
     assert "mini i2v" in subject.name
     assert (config["num_layers"], config["image_dim"], config["cross_attn_norm"], config["eps"]) == (2, 20, False, 1e-5)
@@ -256,7 +256,7 @@ def test_given_weights_are_loaded_and_checked(tmp_path, capsys):
     status = cli.main(["check", "diffusers/wan", "--model", str(tmp_path / "pipeline"), "--device", "cpu"])
     out = capsys.readouterr().out
     assert status == 0 and "with inputs like mini" in out and "bfloat16" in out
-    subject = cases.weighted(spec, tmp_path / "pipeline", torch.float32)
+    subject = cases.from_weights(spec, tmp_path / "pipeline", torch.float32)
     loaded = subject.build(spec, torch.float32, "cpu")
     assert torch.equal(loaded.proj_out.weight, model.proj_out.weight)
 
@@ -291,10 +291,10 @@ def test_the_pattern_of_blocks_is_seen_in_what_they_take_and_return(returned, ta
         made = tensors(step + 1)
         result = tuple(made[name] for name in returned.split())
         calls.append(
-            blocks.Seen(tuple(given[name] for name in taken.split()), {}, result if len(result) > 1 else result[0])
+            blocks.BlockCall(tuple(given[name] for name in taken.split()), {}, result if len(result) > 1 else result[0])
         )
         given = made
-    assert blocks.fits(calls)[0] == fitting
+    assert blocks.fitting_patterns(calls)[0] == fitting
 
 
 def test_a_key_is_judged_by_the_calls_that_were_seen():

@@ -9,7 +9,7 @@ import yaml
 from dit_patch import cli
 from dit_patch.contribute.new import guess
 from dit_patch.contribute.new.draft import draft, model_class
-from dit_patch.contribute.new.write import text
+from dit_patch.contribute.new.write import spec_text
 from dit_patch.errors import DitPatchError
 from dit_patch.spec.loading import loads
 from dit_patch.spec.registry import Registry
@@ -76,13 +76,13 @@ def test_the_beginning_for_wan_has_its_sites_blocks_and_mini_and_passes_check(tm
 def test_what_repeats_in_other_models_is_proposed_and_equal(name, sites, blocks, tmp_path, capsys):
     begun = drafted(name)
     assert begun.problem is None
-    spec = loads(text(begun), file="mine.yaml", name="mine")
+    spec = loads(spec_text(begun), file="mine.yaml", name="mine")
     proposed = {site.at: site.kind for site in spec.sites}
     assert sites.items() <= proposed.items()
     assert blocks.items() <= {each.at: each.pattern for each in spec.blocks}.items()
     assert not any("transformer_blocks.0" in at for at in proposed)
     file = tmp_path / "mine.yaml"
-    file.write_text(text(begun))
+    file.write_text(spec_text(begun))
     assert cli.main(["check", str(file)]) == 0, capsys.readouterr().out
 
 

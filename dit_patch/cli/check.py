@@ -50,9 +50,9 @@ def run(options: argparse.Namespace) -> int:
     spec = registry.read(options.spec) if is_file else registry.get(options.spec)
     dtype, device = loading.one_dtype(options.dtype), loading.device(options.device)
     if options.model is not None:
-        subjects = [cases.weighted(spec, options.model, dtype)]
+        subjects = [cases.from_weights(spec, options.model, dtype)]
     elif options.config is not None:
-        subjects = [cases.configured(spec, options.config)]
+        subjects = [cases.from_config(spec, options.config)]
     else:
         subjects = cases.minis(spec)
     if options.model is None:

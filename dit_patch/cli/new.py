@@ -25,27 +25,27 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..contribute.new.draft import draft
-    from ..contribute.new.write import text
+    from ..contribute.new.write import spec_text
     from ..errors import DitPatchError, quote
     from ..spec.registry import Registry
     from ..upstream.verbosity import quiet_upstream
 
     if options.out is not None and options.out.exists() and not options.force:
         raise DitPatchError(f"--out: {quote(options.out)} exists; --force overwrites it")
-    own = None
+    given = None
     if options.mini is not None:
-        own = Registry(trust=True).read(options.mini).mini
-        if own is None:
+        given = Registry(trust=True).read(options.mini).mini
+        if given is None:
             raise DitPatchError(f"--mini: {quote(options.mini)} has no `mini`")
     torch.set_num_threads(1)
     with quiet_upstream():
-        made = draft(options.model, own)
-    written = text(made)
+        made = draft(options.model, given)
+    text = spec_text(made)
     if options.out is None:
-        print(written, end="")
+        print(text, end="")
     else:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(written, encoding="utf-8")
+        options.out.write_text(text, encoding="utf-8")
         lists = f"{len(made.blocks)} list{'' if len(made.blocks) == 1 else 's'} of blocks"
         print(f"{options.out}: {len(made.sites)} site{'' if len(made.sites) == 1 else 's'}, {lists}")
     if made.problem:

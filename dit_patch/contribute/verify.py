@@ -1,4 +1,4 @@
-"""The same forwards with and without dit_patch: are the outputs equal in every bit, was anything reused, how long."""
+"""Run the same forwards with and without dit_patch: whether the outputs have the same bits, and how long each takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Verdict:
 
 
 def run(model: torch.nn.Module, forwards: Iterable[Mapping[str, Any]]) -> list[list[torch.Tensor]]:
-    """The output tensors of each forward, without autograd; copied, lest a later forward writes into them."""
+    """Return copies of the output tensors of each forward, run without autograd."""
     outputs = []
     with torch.no_grad():
         for arguments in repeat(forwards):
@@ -42,7 +42,7 @@ def run(model: torch.nn.Module, forwards: Iterable[Mapping[str, Any]]) -> list[l
 
 
 def first_difference(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]]) -> int | None:
-    """The number of the first forward whose outputs are not the same bits; None where all are."""
+    """Return the number of the first forward whose outputs differ in any bit, or None."""
     for number, (one, other) in enumerate(zip(ours, theirs)):
         if len(one) != len(other) or not all(map(same_bits, one, other)):
             return number
@@ -50,7 +50,7 @@ def first_difference(ours: list[list[torch.Tensor]], theirs: list[list[torch.Ten
 
 
 def compare(model: torch.nn.Module, forwards: Iterable[Mapping[str, Any]], **options: Any) -> Verdict:
-    """Run `forwards` on `model` unpatched, then with `apply(model, **options)`, then take the patch back."""
+    """Run `forwards` on `model` unpatched, then with `apply(model, **options)`, then remove the patch."""
     forwards = list(forwards)
     start = time.perf_counter()
     plain = run(model, forwards)

@@ -1,4 +1,4 @@
-"""The models that a spec is tried on: its mini and variants, a given configuration made small, or given weights."""
+"""The models to try a spec on: its mini and variants, a given configuration made small, or given weights."""
 
 from __future__ import annotations
 
@@ -18,29 +18,34 @@ from ...spec.recipe import Case
 
 @dataclass(frozen=True)
 class Subject:
-    """One model to try a spec on: what it is called, its configuration and inputs, the dtypes to try it in.
+    """One model to try a spec on.
 
-    `weights` is the folder that holds them, where they are not random; `own`: this is one of the spec's own minis.
+    Attributes:
+        name: for messages.
+        case: its configuration and inputs.
+        dtypes: to try it in.
+        weights: the folder with its weights; None for random ones.
+        is_own_mini: it is the mini of the spec, or one of its variants.
     """
 
     name: str
     case: Case
     dtypes: tuple[torch.dtype, ...]
     weights: Path | None = None
-    own: bool = False
+    is_own_mini: bool = False
 
     def build(self, spec: Spec, dtype: torch.dtype, device: torch.device | str) -> torch.nn.Module:
-        """The model in that dtype: with its own weights, or random ones."""
+        """Build the model in that dtype, with its own weights or random ones."""
         if self.weights is None:
             return mini.build(spec, self.case, dtype=dtype).to(device)
-        return _loaded(spec, self.weights, dtype).to(device).eval()
+        return _load(spec, self.weights, dtype).to(device).eval()
 
 
 def minis(spec: Spec) -> list[Subject]:
-    """The spec's mini and each of its variants.
+    """Return the spec's mini and each of its variants.
 
     Raises:
-        SpecError: it has none.
+        SpecError: the spec has no mini.
     """
     if spec.mini is None:
         raise SpecError(
@@ -49,52 +54,52 @@ def minis(spec: Spec) -> list[Subject]:
         )
     names = (None, *spec.mini.variants)
     both = (torch.float32, torch.bfloat16)
-    return [Subject(f"mini {name}" if name else "mini", spec.mini.case(name), both, own=True) for name in names]
+    return [Subject(f"mini {name}" if name else "mini", spec.mini.case(name), both, is_own_mini=True) for name in names]
 
 
-def configured(spec: Spec, path: Path) -> Subject:
-    """The configuration in a JSON file, such as a checkpoint's `config.json`, with the mini's sizes instead of its own.
+def from_config(spec: Spec, path: Path) -> Subject:
+    """Return the model of a JSON file, such as a checkpoint's `config.json`, with the sizes of the spec's mini.
 
     Raises:
         SpecError: there is no mini to take sizes and inputs from.
         DitPatchError: the file cannot be read.
     """
-    given = _settings(path, "--config")
-    like, case = nearest(spec, given)
-    case = case.model_copy(update={"config": shrunk(given, case.config)})
+    config = _read_config(path, "--config")
+    like, case = nearest_mini(spec, config)
+    case = case.model_copy(update={"config": shrink(config, case.config)})
     return Subject(f"{path.name} made small like {like}", case, (torch.float32, torch.bfloat16))
 
 
-def weighted(spec: Spec, path: Path, dtype: torch.dtype) -> Subject:
-    """The model in a folder, or in the folder `transformer` of a pipeline, with the inputs of the mini most like it.
+def from_weights(spec: Spec, path: Path, dtype: torch.dtype) -> Subject:
+    """Return the model in a folder, or in a pipeline's folder `transformer`, with the inputs of the nearest mini.
 
     Raises:
         SpecError: there is no mini to take inputs from.
-        DitPatchError: there is no model there.
+        DitPatchError: the folder has no model.
     """
     folder = next((each for each in (path, path / "transformer") if (each / "config.json").is_file()), None)
     if folder is None:
         raise DitPatchError(f"--model: {quote(path)} has no config.json; give the folder of a saved model or pipeline")
-    given = _settings(folder / "config.json", "--model")
-    like, case = nearest(spec, given)
-    case = case.model_copy(update={"config": {**case.config, **given}})
+    config = _read_config(folder / "config.json", "--model")
+    like, case = nearest_mini(spec, config)
+    case = case.model_copy(update={"config": {**case.config, **config}})
     return Subject(f"{path.name} with inputs like {like}", case, (dtype,), folder)
 
 
-def nearest(spec: Spec, config: Mapping[str, Any]) -> tuple[str, Case]:
-    """The mini or variant whose modes (flags, words, what is None) are most like those of a configuration."""
-    named = {subject.name: subject.case for subject in minis(spec)}
-    everything = {name for case in named.values() for name in case.config}
+def nearest_mini(spec: Spec, config: Mapping[str, Any]) -> tuple[str, Case]:
+    """Return the mini or variant whose modes (flags, words, what is None) are most like those of a configuration."""
+    cases = {subject.name: subject.case for subject in minis(spec)}
+    everything = {name for case in cases.values() for name in case.config}
 
-    def unlike(case: Case) -> int:
+    def count_differences(case: Case) -> int:
         return sum(_mode(config.get(name)) != _mode(case.config.get(name)) for name in everything if name in config)
 
-    name = min(named, key=lambda each: unlike(named[each]))
-    return name, named[name]
+    name = min(cases, key=lambda each: count_differences(cases[each]))
+    return name, cases[name]
 
 
-def shrunk(config: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the numbers of `small` wherever both have one: its modes stay, its sizes go."""
+def shrink(config: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with the numbers of `small` wherever both have one: its modes stay, its sizes change."""
     return {
         **small,
         **{
@@ -104,27 +109,27 @@ def shrunk(config: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _settings(path: Path, flag: str) -> dict[str, Any]:
-    """What a model's config.json says of the model, without what diffusers says of itself there."""
+def _read_config(path: Path, flag: str) -> dict[str, Any]:
+    """Return the content of a model's config.json, without the entries of diffusers itself."""
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DitPatchError(f"{flag}: {quote(path)}: {error.strerror}") from error
     except ValueError as error:
         raise DitPatchError(f"{flag}: {quote(path)} is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise DitPatchError(f"{flag}: {quote(path)} holds a {type(given).__name__}; expected a model's config.json")
-    return {name: value for name, value in given.items() if not name.startswith("_")}
+    if not isinstance(content, dict):
+        raise DitPatchError(f"{flag}: {quote(path)} holds a {type(content).__name__}; expected a model's config.json")
+    return {name: value for name, value in content.items() if not name.startswith("_")}
 
 
 def _mode(value: Any) -> Any:
-    """What a value in a configuration says besides how large something is."""
+    """Return a value of a configuration without its size: "size" for numbers, else the value."""
     if isinstance(value, (list, tuple)):
         return "size" if value and all(_mode(item) == "size" for item in value) else str(value)
     return "size" if isinstance(value, (int, float)) and not isinstance(value, bool) else value or None
 
 
-def _loaded(spec: Spec, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _load(spec: Spec, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     cls = mini.model_class(spec)
     if not callable(getattr(cls, "from_pretrained", None)):
         raise DitPatchError(

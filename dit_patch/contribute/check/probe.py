@@ -1,8 +1,7 @@
-"""What the sites of an unpatched model are called with and what they give, and so what their results depend on.
+"""Record the calls of sites in an unpatched model, and judge keys by them.
 
-With several calls at hand whose arguments differ, a key can be judged: two calls that it takes for one although their
-results differ show that it is too coarse; if it is another one at each step although the results repeat, too fine.
-Nothing of that is a proof, as only the calls that were seen are known.
+A key is too coarse if two calls have the same key and different results. It is too fine if it is new at each step
+although the results repeat. Neither is a proof: only the recorded calls are known.
 """
 
 from __future__ import annotations
@@ -30,26 +29,37 @@ from ...upstream.torch_internals import parameters
 FACETS = ("shape", "dtype", "device", "identity", "values")
 METADATA = ("shape", "dtype", "device")
 _COARSER = (("shape",), METADATA, ("identity",), ("values",))
-"""What to try in place of a key that is too fine, from what costs least."""
+"""The facets to try in place of a key that is too fine, the cheapest first."""
 
 
 @dataclass
 class Call:
-    """One call: of which forward, generation and step, each facet of each argument (`model.x` is the forward's), and
-    its result."""
+    """One call of a site.
+
+    Attributes:
+        forward: the number of the model's forward, from 0.
+        moment: the generation and the step of that forward.
+        ordinal: the number of the call within the forward.
+        facets: of each argument; `model.x` is argument x of the model's forward.
+        result: a digest of it.
+        without_tensors: the arguments that contain none, and so always count.
+        arguments: kept alive, so that no address is used twice.
+    """
 
     forward: int
     moment: tuple[int, int]
     ordinal: int
-    parts: dict[str, dict[str, Hashable]]
+    facets: dict[str, dict[str, Hashable]]
     result: str
-    plain: set[str] = field(default_factory=set)  # arguments without a tensor, which always count
-    given: Any = None  # the arguments, held lest the address of one be used again
+    without_tensors: set[str] = field(default_factory=set)
+    arguments: Any = None
 
 
 def generations(case: Case, steps: int, **options: Any) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-    """The forwards of a generation of each size, and of the first size once more with other inputs; and the generation
-    and the step of each forward."""
+    """Return the arguments of forwards, and the generation and step of each.
+
+    There is a generation of each size, and one more of the first size with other inputs.
+    """
     passes = 1 if case.rollout else len(mini.PASSES)
     forwards, moments = [], []
     for generation, size in enumerate([*case.sizes, case.sizes[0]]):
@@ -59,44 +69,51 @@ def generations(case: Case, steps: int, **options: Any) -> tuple[list[dict[str, 
     return forwards, moments
 
 
-def record(
+def record_calls(
     model: torch.nn.Module,
     spec: Spec,
     patches: Iterable[AttributePatch],
     forwards: Iterable[Mapping[str, Any]],
     moments: Sequence[tuple[int, int]],
 ) -> dict[str, list[list[Call]]]:
-    """Run the forwards, unpatched, and note the calls of each site, by its address and then by patched attribute.
+    """Run the forwards unpatched, and return the calls of each site, by its address and then by its attributes.
 
     Args:
         moments: the generation and the step of each forward.
     """
     calls: dict[str, list[list[Call]]] = {}
-    state = _Running()
+    position = _Position()
     with ExitStack() as undo, torch.no_grad():
         watching = Scope(model, lambda frame: None, names=spec.parameters)
         undo.callback(watching.remove)
         for patch in patches:
-            own: list[Call] = []
-            calls.setdefault(patch.site.at, []).append(own)
-            layer = layers.install(patch.attribute.owner, patch.attribute.name, _Probe(patch, state, own))
+            calls_of_one: list[Call] = []
+            calls.setdefault(patch.site.at, []).append(calls_of_one)
+            layer = layers.install(
+                patch.attribute.owner, patch.attribute.name, _Recorder(patch, position, calls_of_one)
+            )
             undo.callback(layers.remove, layer)
         for number, arguments in enumerate(forwards):
-            state.forward, state.moment = number, moments[number]
+            position.forward, position.moment = number, moments[number]
             model(**arguments)
     return calls
 
 
-class _Running:
+class _Position:
+    """The forward that runs."""
+
     forward = 0
     moment = (0, 0)
 
 
-class _Probe:
-    """Stands around an attribute and writes down its calls."""
+class _Recorder:
+    """Wraps an attribute, and records its calls."""
 
-    def __init__(self, patch: AttributePatch, state: _Running, calls: list[Call]) -> None:
-        self.patch, self.state, self.calls = patch, state, calls
+    def __init__(self, patch: AttributePatch, position: _Position, calls: list[Call]) -> None:
+        self.patch, self.position, self.calls = patch, position, calls
+
+    def __repr__(self) -> str:
+        return f"<_Recorder of {self.patch.site.at}, {len(self.calls)} calls>"
 
     def __call__(self, original: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
         result = original(*args, **kwargs)
@@ -105,28 +122,28 @@ class _Probe:
             return result
         ordinal = frame.calls.get(self, 0)
         frame.calls[self] = ordinal + 1
-        given = dict(zip(self.patch.attribute.parameters, args)) | kwargs
-        given |= {f"model.{name}": value for name, value in frame.arguments.items()}
-        call = Call(self.state.forward, self.state.moment, ordinal, {}, digest(result), given=given)
-        for name, value in given.items():
+        arguments = dict(zip(self.patch.attribute.parameters, args)) | kwargs
+        arguments |= {f"model.{name}": value for name, value in frame.arguments.items()}
+        call = Call(self.position.forward, self.position.moment, ordinal, {}, digest(result), arguments=arguments)
+        for name, value in arguments.items():
             try:
-                call.parts[name] = {
+                call.facets[name] = {
                     facet: Argument(name, (facet,), self.patch.label).part(value, None) for facet in FACETS
                 }
             except Uncacheable:
                 continue
             if not name.startswith("model.") and not _has_tensors(value):
-                call.plain.add(name)
+                call.without_tensors.add(name)
         self.calls.append(call)
         return result
 
 
 def too_coarse(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> tuple[Call, Call, str] | None:
-    """Two calls that the key takes for one although their results differ, and what would tell such calls apart."""
+    """Return two calls with the same key and different results, and a facet that would tell them apart ("": none)."""
     pair = _contradiction(calls, key)
     if pair is None:
         return None
-    names = sorted({name for call in calls for name in call.parts}, key=lambda name: (name.startswith("model."), name))
+    names = sorted({name for call in calls for name in call.facets}, key=lambda name: (name.startswith("model."), name))
     for facet in FACETS:
         for name in names:
             finer = {**key, name: (*key.get(name, ()), facet)}
@@ -136,8 +153,8 @@ def too_coarse(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> tuple[C
 
 
 def too_fine(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> str | None:
-    """Where the key is a new one at each step: a coarser one that is not, and that no call seen here contradicts."""
-    if not _new_at_each_step(calls, key):
+    """Return a coarser key in words, if the key is new at each step and no call contradicts the coarser one."""
+    if not _is_new_at_each_step(calls, key):
         return None
     coarser = dict(key)
     for name in sorted(key, key=lambda name: name.startswith("model.")):
@@ -149,62 +166,62 @@ def too_fine(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> str | Non
             if _contradiction(calls, attempt) is None:
                 coarser = attempt
                 break
-    if _new_at_each_step(calls, coarser):
+    if _is_new_at_each_step(calls, coarser):
         return None
     changed = {name: facets for name, facets in coarser.items() if facets != tuple(key[name])}
     return ", ".join(f"{name}: [{', '.join(facets)}]" if facets else f"no {name}" for name, facets in changed.items())
 
 
-def uncounted(
+def missing_from_keys(
     model: torch.nn.Module,
     spec: Spec,
     patches: Iterable[AttributePatch],
     arguments: Mapping[str, Any],
     keys: Mapping[str, Mapping[str, tuple[str, ...]]],
 ) -> dict[str, list[str]]:
-    """For each site what changes its results, but not its key: `model.x`, submodules, or single parameters.
+    """Return for each site what changes its results but not its key: `model.x`, submodules, or single parameters.
 
-    One forward is run with each of the model's tensor arguments replaced by another of its kind, and with each of its
-    weights changed for a time (those of a submodule together). What a site's own module holds, and what its `reads`
-    names, counts anyway. What the forward does not go through with is passed over.
+    One forward is run for each tensor argument of the model with another tensor in its place, and one for the weights
+    of each submodule with other values in them. The weights of a site's own module and those in its `reads` count
+    anyway. A change with which the forward fails is passed over.
     """
     patches = list(patches)
-    plain = record(model, spec, patches, [arguments], [(0, 0)])
+    plain = record_calls(model, spec, patches, [arguments], [(0, 0)])
     paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
 
-    def look(given: Mapping[str, Any], cause: str, weights: Sequence[torch.Tensor] = ()) -> None:
+    def try_change(arguments: Mapping[str, Any], cause: str, weights: Sequence[torch.Tensor] = ()) -> None:
         try:
-            changed = record(model, spec, patches, [given], [(0, 0)])
-        except Exception:  # of the model's own: it cannot do with such an argument
+            changed = record_calls(model, spec, patches, [arguments], [(0, 0)])
+        except Exception:  # of the model's own, which refuses such an argument
             return
         number: Counter[str] = Counter()
         for patch in patches:
-            at, place = patch.site.at, cause
+            at, name = patch.site.at, cause
             before, after = plain[at][number[at]], changed[at][number[at]]
             number[at] += 1
             if weights:
                 if patch.depends_on(weights[0]):
                     continue
-                place = _outermost(cause, paths.get(id(patch.attribute.owner), ""))
-            if _stale(before, after, keys[at]) and place not in found.setdefault(at, []):
-                found[at].append(place)
+                name = _outermost(cause, paths.get(id(patch.attribute.owner), ""))
+            if _is_stale(before, after, keys[at]) and name not in missing.setdefault(at, []):
+                missing[at].append(name)
 
     for name, value in arguments.items():
         if _has_tensors(value):
-            look({**arguments, name: map_tensors(_another, value)}, f"model.{name}")
+            try_change({**arguments, name: map_tensors(_with_other_content, value)}, f"model.{name}")
     for path, holder in list(model.named_modules()):
         own = {name: each for name, each in parameters(holder).items() if each is not None}
         # What the model holds itself has no module to be named by.
         groups = {name: [each] for name, each in own.items()} if not path else {path: [*own.values()]} if own else {}
         for cause, weights in groups.items():
-            with _changed(weights):
-                look(arguments, cause, weights)
-    return {at: causes for at, causes in found.items() if causes}
+            with _changed_weights(weights):
+                try_change(arguments, cause, weights)
+    return {at: causes for at, causes in missing.items() if causes}
 
 
-def _another(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same kind with other content."""
+def _with_other_content(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape and dtype with other content."""
     if tensor.dtype is torch.bool:
         other = tensor.clone()
         other.view(-1)[-1:] ^= True
@@ -212,8 +229,8 @@ def _another(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * 1.5 + 0.25 if tensor.is_floating_point() else tensor + 1
 
 
-def _stale(before: list[Call], after: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether a call would get the result that it had before."""
+def _is_stale(before: list[Call], after: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
+    """Return whether a cache with this key would give a call of `after` the other result that it had in `before`."""
     if len(before) != len(after):
         return False
     keys = _keys([*before, *after], key)
@@ -222,7 +239,7 @@ def _stale(before: list[Call], after: list[Call], key: Mapping[str, tuple[str, .
 
 
 @contextmanager
-def _changed(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+def _changed_weights(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     kept = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         try:
@@ -235,24 +252,24 @@ def _changed(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 def _outermost(path: str, owner: str) -> str:
-    """The largest part of the model that what is at `path` is in, and the owner is not."""
+    """Return the largest submodule that contains `path` and not the owner."""
     steps = path.split(".")
-    places = (".".join(steps[: count + 1]) for count in range(len(steps)))
-    return next((place for place in places if not f"{owner}.".startswith(f"{place}.")), path)
+    modules = (".".join(steps[: count + 1]) for count in range(len(steps)))
+    return next((module for module in modules if not f"{owner}.".startswith(f"{module}.")), path)
 
 
-def contradicted(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether two calls that the key takes for one have other results."""
+def is_contradicted(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
+    """Return whether two calls have the same key and different results."""
     return _contradiction(calls, key) is not None
 
 
-def distinct(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> int:
-    """How many calls the key takes these for."""
+def count_keys(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> int:
+    """Return how many different keys the calls have."""
     return len(set(_keys(calls, key)))
 
 
 def digest(value: Any) -> str:
-    """Equal for results that are equal in every bit."""
+    """Return a hash of a result that is the same for the same bits."""
     found = hashlib.sha256()
     leaves, _ = flatten(value)
     for leaf in (part for each in leaves for part in look_into(each)):
@@ -275,8 +292,8 @@ def _contradiction(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> tup
     return None
 
 
-def _new_at_each_step(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether in each generation of several steps there are as many keys as steps, or more."""
+def _is_new_at_each_step(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> bool:
+    """Return whether each generation of several steps has as many keys as steps, or more."""
     keys: dict[int, set[Hashable]] = {}
     steps: dict[int, set[int]] = {}
     for call, own in zip(calls, _keys(calls, key)):
@@ -290,17 +307,17 @@ def _new_at_each_step(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> 
 def _keys(calls: list[Call], key: Mapping[str, tuple[str, ...]]) -> list[Hashable]:
     borrows = any(name.startswith("model.") for name, facets in key.items() if facets)
 
-    def of(call: Call) -> Hashable:
-        always = [(name, call.parts[name]["values"]) for name in sorted(call.plain)]
-        said = [
-            (name, call.parts[name][facet])
+    def key_of(call: Call) -> Hashable:
+        always = [(name, call.facets[name]["values"]) for name in sorted(call.without_tensors)]
+        declared = [
+            (name, call.facets[name][facet])
             for name, facets in key.items()
-            if name in call.parts and name not in call.plain
+            if name in call.facets and name not in call.without_tensors
             for facet in facets
         ]
-        return (call.ordinal if borrows else 0, *always, *said)
+        return (call.ordinal if borrows else 0, *always, *declared)
 
-    return [of(call) for call in calls]
+    return [key_of(call) for call in calls]
 
 
 def _has_tensors(value: Any) -> bool:

@@ -51,7 +51,7 @@ def try_spec(
             if line is not None:
                 result.trials.append(line)
                 say(line)
-    judge(result, has_all_minis=all(subject.own for subject in subjects))
+    judge(result, has_all_minis=all(subject.is_own_mini for subject in subjects))
     return result
 
 
@@ -83,7 +83,7 @@ class _Trial:
         spec, patches = self._bind(model)
         with self._autocast():
             self._probe(model, patches, forwards, moments)
-            block_problems = blocks.problems(model, self.spec, mini.repeat(forwards))
+            block_problems = blocks.block_problems(model, self.spec, mini.repeat(forwards))
             for problem in block_problems:
                 self.result.add_message(problem)
             equal = self._patched(model, spec, forwards, plain, "always", steps=len(set(moments)))
@@ -122,14 +122,16 @@ class _Trial:
     def _probe(
         self, model: torch.nn.Module, patches: list[AttributePatch], forwards: list[dict], moments: list
     ) -> None:
-        calls = probe.record(model, self.spec, patches, mini.repeat(forwards), moments)
+        calls = probe.record_calls(model, self.spec, patches, mini.repeat(forwards), moments)
         for at, several in calls.items():
             site = self.result.sites[at].site
             for calls_of_one in several:
                 self._judge_key(site, calls_of_one)
         if self.dtype is self.subject.dtypes[0] and self.subject.weights is None:
             keys = {patch.site.at: patch.site.key for patch in patches}
-            for at, causes in probe.uncounted(model, self.spec, patches, mini.repeat(forwards)[0], keys).items():
+            for at, causes in probe.missing_from_keys(
+                model, self.spec, patches, mini.repeat(forwards)[0], keys
+            ).items():
                 self._uncounted(self.result.sites[at], causes)
 
     def _judge_key(self, site: Site, calls: list[probe.Call]) -> None:

@@ -1,6 +1,9 @@
-"""`dit-patch new`: the beginning of a spec for a class of models.
+"""`dit-patch new`: begin a spec for a class of models.
 
-`guess` makes a tiny configuration and inputs from signatures, `observe` runs that model and sees which of its calls
-could be kept, and by which key, `write` puts it down as YAML, with comments for whoever goes on from there; `draft` is
-all of that.
+    print(spec_text(draft("diffusers.WanTransformer3DModel")))
+
+`guess` makes a tiny configuration and inputs from signatures.
+`observe` runs that model, and proposes sites for calls whose results repeat, each with a key.
+`rotary` finds the functions that rotate queries and keys.
+`draft` does all of that for a class; `write` puts it down as YAML, with comments for whoever goes on from there.
 """

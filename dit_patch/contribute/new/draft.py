@@ -1,4 +1,4 @@
-"""From the name of a class to a draft of its spec: a mini is guessed (or given), built, called and looked at."""
+"""Draft a spec for a class: guess a mini or take a given one, build it, call it, and observe what repeats."""
 
 from __future__ import annotations
 
@@ -17,85 +17,95 @@ from ...spec.model import Spec
 from ...spec.recipe import Mini
 from .. import verify
 from ..check import probe
-from . import guess, observe, rotary
+from . import guess, observe
+from .rotary import propose_rotary_sites
 from .write import Draft
 
 STEPS = 3
 
 
-def draft(name: str, own: Mini | None = None) -> Draft:
-    """What `dit-patch new NAME` writes; with `own`, on that mini instead of a guessed one.
+def draft(name: str, given: Mini | None = None) -> Draft:
+    """Return what `dit-patch new NAME` writes.
+
+    Args:
+        name: the dotted name of the class.
+        given: the mini to use instead of a guessed one.
 
     Raises:
         DitPatchError: there is no such class, or it is no model.
     """
     cls = model_class(name)
     name = f"{cls.__module__}.{cls.__qualname__}"
-    if own is not None:
-        recipe: Mapping[str, Any] = own.model_dump(exclude_unset=True)
+    if given is not None:
+        recipe: Mapping[str, Any] = given.model_dump(exclude_unset=True)
         unknown: list[str] = []
     else:
         try:
-            recipe, unknown = _guessed(cls)
+            recipe, unknown = _guess_mini(cls)
         except Exception as error:  # of the class's own
-            return Draft(name, _empty(cls), problem=_words(error))
-    made = Draft(name, recipe, unknown=unknown, own_mini=own is not None)
+            return Draft(name, _empty_mini(cls), problem=_error_text(error))
+    made = Draft(name, recipe, unknown=unknown, own_mini=given is not None)
     if unknown:
         made.problem = f"nothing could be guessed for the forward's {', '.join(unknown)}"
         return made
     try:
-        _look(made, name, Mini.model_validate(recipe))
+        _observe(made, name, Mini.model_validate(recipe))
     except (ValidationError, DitPatchError) as error:
         made.problem = str(error)
     except Exception as error:  # of the model's own
-        made.problem = _words(error)
+        made.problem = _error_text(error)
     return made
 
 
 def model_class(name: str) -> type[torch.nn.Module]:
-    """The class of that dotted name, wherever it is defined.
+    """Import the class with that dotted name.
 
     Raises:
         DitPatchError: there is none, or it is not a `torch.nn.Module`.
     """
-    place, _, qualname = name.rpartition(".")
+    module_name, _, qualname = name.rpartition(".")
     try:
-        module = import_module(place) if place else None
+        module = import_module(module_name) if module_name else None
     except ImportError as error:
-        raise DitPatchError(f"{quote(name)}: cannot import {quote(place)}: {error}") from error
-    found = getattr(module, qualname, None)
-    if found is None:
+        raise DitPatchError(f"{quote(name)}: cannot import {quote(module_name)}: {error}") from error
+    cls = getattr(module, qualname, None)
+    if cls is None:
         near = suggest(qualname, dir(module)) if module else ""
         raise DitPatchError(f"{quote(name)}: expected the dotted name of a class, package.module.Class{near}")
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-        raise DitPatchError(f"{quote(name)} is a {type(found).__name__}, not a class of models (torch.nn.Module)")
-    return found
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise DitPatchError(f"{quote(name)} is a {type(cls).__name__}, not a class of models (torch.nn.Module)")
+    return cls
 
 
-def _guessed(cls: type[torch.nn.Module]) -> tuple[dict[str, Any], list[str]]:
+def _guess_mini(cls: type[torch.nn.Module]) -> tuple[dict[str, Any], list[str]]:
+    """Return a mini, and the forward's parameters that no input was guessed for."""
     config = guess.config(cls)
     with torch.device("meta"):
         model = cls(**config)
     inputs, unknown = guess.inputs(model, config)
-    return {"config": config, "sizes": guess.sizes(inputs, guess.patch(model)), "inputs": inputs}, unknown
+    return {"config": config, "sizes": guess.sizes(inputs, guess.latents_per_token(model)), "inputs": inputs}, unknown
 
 
-def _look(made: Draft, name: str, own: Mini) -> None:
+def _observe(made: Draft, name: str, own: Mini) -> None:
+    """Run the mini, and put its blocks and the proposed sites into the draft."""
     spec = Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own)
     case = own.case()
     model = mini.build(spec, case)
     forwards, moments = probe.generations(case, STEPS)
     verify.run(model, mini.repeat(forwards))
     made.forwards = len(forwards)
-    made.blocks = observe.patterns(model, mini.repeat(forwards))
-    made.sites = observe.sites(model, mini.repeat(forwards), moments) + rotary.sites(model, mini.repeat(forwards)[0])
+    made.blocks = observe.find_block_lists(model, mini.repeat(forwards))
+    made.sites = [
+        *observe.propose_sites(model, mini.repeat(forwards), moments),
+        *propose_rotary_sites(model, mini.repeat(forwards)[0]),
+    ]
 
 
-def _empty(cls: type[torch.nn.Module]) -> dict[str, Any]:
+def _empty_mini(cls: type[torch.nn.Module]) -> dict[str, Any]:
     return {"config": guess.config(cls), "sizes": [{"f": 1}], "inputs": {"hidden_states": {"shape": [1, "f"]}}}
 
 
-def _words(error: Exception) -> str:
-    """What it says, and where: some say nothing."""
+def _error_text(error: Exception) -> str:
+    """Return the error's message with its class and the line that raised it: some messages are empty."""
     *_, last = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}: {last.line})"

@@ -1,6 +1,6 @@
-"""A tiny configuration for a class of models and inputs for its forward, guessed from signatures and names.
+"""Guess a tiny configuration for a class of models, and inputs for its forward, from signatures and names.
 
-Only a beginning: whether it is right is seen by building and calling the model.
+Whether the guess is right is seen by building and calling the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SMALL = (
 
 
 def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
-    """The parameters of the constructor that decide how large the model is, made small."""
+    """Return small values for the parameters of the constructor that decide how large the model is."""
     given = _defaults(cls)
     small: dict[str, Any] = {}
     for name, default in given.items():
@@ -54,62 +54,62 @@ def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
 
 
 def inputs(model: torch.nn.Module, settings: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Recipes for the arguments of the model's forward, and the names of those that nothing could be guessed for."""
+    """Return recipes for the arguments of the model's forward, and the names of those that have none."""
     own = {**_defaults(type(model)), **settings}
     text = next((name for name in _TEXT if type(own.get(name)) is int), None)
-    known = {
+    recipes = {
         "timestep": {"shape": [1], "fill": "timestep", "new": "step"},
-        "encoder_hidden_states": {"shape": [1, TEXT_TOKENS, _named(text, settings, own)], "new": "pass"},
+        "encoder_hidden_states": {"shape": [1, TEXT_TOKENS, _size(text, settings, own)], "new": "pass"},
         "encoder_attention_mask": {"shape": [1, TEXT_TOKENS], "fill": "mask", "new": "pass"},
         "encoder_hidden_states_mask": {"shape": [1, TEXT_TOKENS], "fill": "mask", "new": "pass"},
-        "pooled_projections": {"shape": [1, _named("pooled_projection_dim", settings, own)], "new": "pass"},
-        "encoder_hidden_states_image": {"shape": [1, 257, _named("image_dim", settings, own)]},
+        "pooled_projections": {"shape": [1, _size("pooled_projection_dim", settings, own)], "new": "pass"},
+        "encoder_hidden_states_image": {"shape": [1, 257, _size("image_dim", settings, own)]},
         "guidance": {"shape": [1], "fill": 3.5},
         "txt_ids": {"shape": [TEXT_TOKENS, 3], "fill": "zeros"},
         "img_ids": {"shape": ["tokens", 3]},
     }
-    found, unknown = {}, []
+    chosen, unknown = {}, []
     parameters = list(inspect.signature(inspect.unwrap(type(model).forward)).parameters.values())[1:]
-    for place, each in enumerate(parameters):
+    for position, each in enumerate(parameters):
         if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
             continue
-        wanted = each.default is each.empty
-        if place == 0:
-            found[each.name] = {"shape": _latents(model, settings, own), "new": "step"}
-        elif each.name in known and (wanted or _is_on(each.name, own)):
-            found[each.name] = known[each.name]
-        elif wanted:
+        is_required = each.default is each.empty
+        if position == 0:
+            chosen[each.name] = {"shape": _latents(model, settings, own), "new": "step"}
+        elif each.name in recipes and (is_required or _is_on(each.name, own)):
+            chosen[each.name] = recipes[each.name]
+        elif is_required:
             unknown.append(each.name)
-    return found, unknown
+    return chosen, unknown
 
 
 def sizes(recipes: Mapping[str, Mapping[str, Any]], patch: int) -> list[dict[str, int]]:
-    """Three sizes for the names in the recipes' shapes; `patch` is the number of latents in a token."""
+    """Return three sizes for the names in the recipes' shapes; a token is made of `patch` latents."""
     used = {name for recipe in recipes.values() for name in recipe.get("shape", ()) if isinstance(name, str)}
     every = [{**size, "tokens": max(1, size["f"] * size["h"] * size["w"] // patch)} for size in SIZES]
     return [{name: value for name, value in size.items() if name in used} for size in every]
 
 
 def _latents(model: torch.nn.Module, settings: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
-    """The shape of the latents, by how the forward takes it apart, or else by the first layer that they can go into."""
+    """Return the shape of the latents: as the forward unpacks it, or else as the first fitting layer takes it."""
     name = "in_channels" if "in_channels" in own else "in_visual_dim"
     channels = own.get(name)
-    taken_apart = _UNPACKED.search(inspect.getsource(inspect.unwrap(type(model).forward)))
-    axes = [_axis(each.strip()) for each in taken_apart[1].split(",") if each.strip()] if taken_apart else []
+    unpacked = _UNPACKED.search(inspect.getsource(inspect.unwrap(type(model).forward)))
+    axes = [_axis(each.strip()) for each in unpacked[1].split(",") if each.strip()] if unpacked else []
     if len(axes) > 2 and all(axes):
-        return [_named(name, settings, own) if axis == "c" else 1 if axis == "b" else axis for axis in axes]
+        return [_size(name, settings, own) if axis == "c" else 1 if axis == "b" else axis for axis in axes]
     for module in model.modules():
         if isinstance(module, (torch.nn.Conv3d, torch.nn.Conv2d)):
             axes = ["f", "h", "w"] if isinstance(module, torch.nn.Conv3d) else ["h", "w"]
             same = module.in_channels == channels
-            return [1, _named(name, settings, own) if same else module.in_channels, *axes]
+            return [1, _size(name, settings, own) if same else module.in_channels, *axes]
         if isinstance(module, torch.nn.Linear) and module.in_features == channels:
-            return [1, "tokens", _named(name, settings, own)]
-    return [1, "tokens", _named(name, settings, own)]
+            return [1, "tokens", _size(name, settings, own)]
+    return [1, "tokens", _size(name, settings, own)]
 
 
 def _axis(name: str) -> str | None:
-    """What an axis is by the name of its size in the forward: b(atch), c(hannels), f(rames), h, w; None: unknown."""
+    """Return which axis a size in the forward is, by its name: b(atch), c(hannels), f(rames), h, w, or None."""
     words = {
         "b": r"batch|^b$",
         "c": r"channel|^c$",
@@ -121,18 +121,19 @@ def _axis(name: str) -> str | None:
 
 
 def _inner(own: Mapping[str, Any]) -> int | None:
-    """The width of the model, heads times their size."""
+    """Return the width of the model, heads times their size, or None."""
     sizes = [next((own[name] for name in names if type(own.get(name)) is int), None) for names in _WIDTH]
     return sizes[0] * sizes[1] if all(sizes) else None
 
 
-def _named(name: str | None, settings: Mapping[str, Any], own: Mapping[str, Any]) -> str | int:
-    """A whole number of the configuration by its name, where the mini's states it, else as it is."""
+def _size(name: str | None, settings: Mapping[str, Any], own: Mapping[str, Any]) -> str | int:
+    """Return a number of the configuration: its name if the mini sets it, else its value."""
     value = own.get(name)
     return name if name in settings else value if type(value) is int and value > 0 else HEAD_DIM
 
 
 def _is_on(name: str, own: Mapping[str, Any]) -> bool:
+    """Return whether the configuration makes the forward use an optional argument."""
     switches = {"guidance": "guidance_embeds", "encoder_hidden_states_image": "image_dim"}
     return bool(own.get(switches[name])) if name in switches else not name.endswith("mask")
 
@@ -142,11 +143,11 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def _shares(axes: int) -> list[int]:
-    """Even numbers, one for each axis, that make up a head."""
+    """Return even numbers, one for each axis, whose sum is the size of a head."""
     share = HEAD_DIM // axes // 2 * 2
     return [HEAD_DIM - share * (axes - 1), *[share] * (axes - 1)]
 
 
-def patch(model: torch.nn.Module) -> int:
-    """How many latents a token is made of, where the model takes tokens; 4 where that is not known."""
+def latents_per_token(model: torch.nn.Module) -> int:
+    """Return how many latents a token is made of: 1 where the model takes tokens; else 4, which is usual."""
     return 1 if not any(isinstance(each, (torch.nn.Conv2d, torch.nn.Conv3d)) for each in model.modules()) else 4

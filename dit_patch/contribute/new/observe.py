@@ -1,7 +1,7 @@
-"""Which calls of a model's submodules could be kept: it is run, unpatched, and what repeats is looked at.
+"""Run an unpatched model, and propose sites for the calls of submodules whose results repeat.
 
-A key is proposed where the calls that were seen do not contradict it. That is no proof: on one device, in one dtype,
-with one configuration much stays the same that may change elsewhere.
+A key is proposed if no recorded call contradicts it. That is no proof: with one device, dtype and configuration much
+stays the same that may change elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROPE = re.compile(r"rope|rotary|pos_?emb|position", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Proposal:
-    """A site to begin with: how often its key repeats in the calls seen, and what to look at before believing it."""
+    """A site to begin with: how often its key repeats in the recorded calls, and what it seems to be."""
 
     at: str
     kind: str
@@ -39,13 +39,13 @@ class Proposal:
     calls: int
     hits: int
     about: str
-    use: tuple[str, str] | None = None  # a replacement, and the fingerprint of what it stands in for
+    use: tuple[str, str] | None = None  # a replacement, and the fingerprint of the original
     reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BlockList:
-    """A list of transformer blocks: the patterns that it may follow, and what was seen of them."""
+    """A list of transformer blocks: the patterns that they may follow, and in words why."""
 
     at: str
     patterns: list[int]
@@ -53,37 +53,37 @@ class BlockList:
 
 
 def block_lists(model: torch.nn.Module) -> Iterator[str]:
-    """Paths of the lists of modules of one class, which blocks are; none inside another."""
-    found: list[str] = []
+    """Yield the paths of lists of modules of one class, as blocks are; none inside another."""
+    outer: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or any(path.startswith(f"{other}.") for other in found):
+        if not isinstance(module, torch.nn.ModuleList) or any(path.startswith(f"{other}.") for other in outer):
             continue
         if len(module) > 1 and len({type(each) for each in module}) == 1 and any(True for _ in module[0].children()):
-            found.append(path)
+            outer.append(path)
             yield path
 
 
-def patterns(model: torch.nn.Module, forwards: Sequence[Mapping[str, Any]]) -> list[BlockList]:
-    """The block lists that the forwards call, in order, each with the patterns that fit."""
-    found = []
+def find_block_lists(model: torch.nn.Module, forwards: Sequence[Mapping[str, Any]]) -> list[BlockList]:
+    """Return the block lists that the first forward calls, in order, each with the patterns that fit."""
+    lists = []
     for path in block_lists(model):
-        calls = blocks.calls(model, model.get_submodule(path), forwards[:1])
+        calls = blocks.record_block_calls(model, model.get_submodule(path), forwards[:1])
         if calls:
-            fitting, why = blocks.fits(calls)
-            found.append(BlockList(path, fitting, why))
-    return found
+            fitting, why = blocks.fitting_patterns(calls)
+            lists.append(BlockList(path, fitting, why))
+    return lists
 
 
-def sites(
+def propose_sites(
     model: torch.nn.Module, forwards: Sequence[Mapping[str, Any]], moments: Sequence[tuple[int, int]]
 ) -> list[Proposal]:
-    """Outermost submodules outside the block lists whose results repeat, each with a key that no call contradicts."""
+    """Propose a site for each outermost submodule outside the block lists whose results repeat."""
     lists = list(block_lists(model))
-    patches = [patch for path, _ in model.named_modules() if path and (patch := _patch(model, path, lists)) is not None]
+    patches = [patch for path, _ in model.named_modules() if path and (patch := _site(model, path, lists)) is not None]
     spec = Spec.model_construct(parameters=())
-    recorded = probe.record(model, spec, patches, forwards, moments)
+    recorded = probe.record_calls(model, spec, patches, forwards, moments)
     nothing: dict[str, dict[str, tuple[str, ...]]] = {patch.site.at: {} for patch in patches}
-    causes = probe.uncounted(model, spec, patches, forwards[0], nothing)
+    causes = probe.missing_from_keys(model, spec, patches, forwards[0], nothing)
     latents = f"model.{next(iter(scope.parameters(model)), '')}"
     found: list[Proposal] = []
     for patch in patches:
@@ -91,18 +91,18 @@ def sites(
         if any(path.startswith(f"{Address.parse(each.at).path}.") for each in found):
             continue
         [calls] = recorded[patch.site.at]
-        lent = [name for name in causes.get(patch.site.at, ()) if name.startswith("model.")]
-        proposal = None if latents in lent else _propose(patch, calls, lent)
+        model_arguments = [name for name in causes.get(patch.site.at, ()) if name.startswith("model.")]
+        proposal = None if latents in model_arguments else _propose(patch, calls, model_arguments)
         if proposal is not None:
             found.append(proposal)
     keys = {each.at: {name: tuple(facets) for name, facets in each.key.items()} for each in found}
     chosen = [patch for patch in patches if patch.site.at in keys]
-    reads = probe.uncounted(model, spec, chosen, forwards[0], keys)
+    reads = probe.missing_from_keys(model, spec, chosen, forwards[0], keys)
     return [replace(each, reads=tuple(reads.get(each.at, ()))) for each in found]
 
 
-def _patch(model: torch.nn.Module, path: str, lists: Sequence[str]) -> MemoisedSite | None:
-    """A site on the forward of the submodule, not installed; None inside a block list, and where it has none."""
+def _site(model: torch.nn.Module, path: str, lists: Sequence[str]) -> MemoisedSite | None:
+    """Return a site, not installed, on the submodule's forward; None inside a block list, or if it cannot be one."""
     module = model.get_submodule(path)
     if any(f"{path}.".startswith(f"{each}.") for each in lists) or type(module).__module__ in _TRIVIAL:
         return None
@@ -114,41 +114,43 @@ def _patch(model: torch.nn.Module, path: str, lists: Sequence[str]) -> MemoisedS
         return None
 
 
-def _propose(patch: MemoisedSite, calls: list[probe.Call], lent: Sequence[str]) -> Proposal | None:
-    """A site with a key for it; `lent` are the model's arguments that its results change with."""
+def _propose(patch: MemoisedSite, calls: list[probe.Call], model_arguments: Sequence[str]) -> Proposal | None:
+    """Propose the site with a key, if its results repeat; they change with these arguments of the model."""
     if len(calls) < 2 or len({call.result for call in calls}) == len(calls):
         return None
-    own = sorted({name for call in calls for name in call.parts if "." not in name and name not in call.plain})
-    for key in _keys(own, lent):
-        hits = len(calls) - probe.distinct(calls, key)
-        if not hits or probe.contradicted(calls, key):
+    own = sorted(
+        {name for call in calls for name in call.facets if "." not in name and name not in call.without_tensors}
+    )
+    for key in _keys(own, model_arguments):
+        hits = len(calls) - probe.count_keys(calls, key)
+        if not hits or probe.is_contradicted(calls, key):
             continue
-        timed = any("time" in name for name in (*own, *lent))
-        kind = "timestep" if timed and lent else "rope" if _ROPE.search(_words(patch)) else "context"
-        why = "kept while its inputs are" if lent else "which depends on sizes alone"
+        timed = any("time" in name for name in (*own, *model_arguments))
+        kind = "timestep" if timed and model_arguments else "rope" if _ROPE.search(_names(patch)) else "context"
+        why = "kept while its inputs are" if model_arguments else "which depends on sizes alone"
         about = f"{type(patch.attribute.owner).__name__}, {why}"
         facets = {name: list(each) for name, each in key.items()}
         return Proposal(patch.site.at, kind, facets, len(calls), hits, about, _sinusoid(patch.attribute.owner))
     return None
 
 
-def _keys(own: Sequence[str], lent: Sequence[str]) -> Iterator[dict[str, tuple[str, ...]]]:
-    """Keys from coarse to fine: sizes alone where no content counts, own content, sizes with the model's arguments."""
+def _keys(own: Sequence[str], model_arguments: Sequence[str]) -> Iterator[dict[str, tuple[str, ...]]]:
+    """Yield keys from coarse to fine: sizes alone, the content of own arguments, sizes with the model's arguments."""
     sizes = dict.fromkeys(own, probe.METADATA)
-    if not lent:
+    if not model_arguments:
         yield sizes
     for count in range(1, len(own) + 1):
         for chosen in combinations(own, count):
             yield {**sizes, **dict.fromkeys(chosen, ("identity",))}
-    yield {**sizes, **dict.fromkeys(lent, ("identity",))}
+    yield {**sizes, **dict.fromkeys(model_arguments, ("identity",))}
 
 
-def _words(patch: MemoisedSite) -> str:
+def _names(patch: MemoisedSite) -> str:
     return f"{patch.site.at} {type(patch.attribute.owner).__name__}"
 
 
 def _sinusoid(module: torch.nn.Module) -> tuple[str, str] | None:
-    """What makes the frequencies of a `Timesteps` of diffusers' once, and the fingerprint of that."""
+    """Return our replacement for diffusers' `Timesteps`, and the fingerprint of the original; else None."""
     if type(module).__name__ != "Timesteps" or not type(module).__module__.startswith("diffusers."):
         return None
     return _SINUSOID, fingerprint(type(module).forward)

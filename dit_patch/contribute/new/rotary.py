@@ -1,4 +1,4 @@
-"""Which functions that rotate queries and keys a model calls, of those that the specs here have a replacement for."""
+"""Find the functions that a model rotates queries and keys with, if the bundled specs have replacements for them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ...spec.registry import Registry
 from .observe import Proposal
 
 
-def sites(model: torch.nn.Module, arguments: Mapping[str, Any]) -> list[Proposal]:
-    """A site for each that one forward calls; known by its source, wherever it is defined."""
-    known, places = _known()
+def propose_rotary_sites(model: torch.nn.Module, arguments: Mapping[str, Any]) -> list[Proposal]:
+    """Propose a site for each such function that one forward calls; it is recognised by its source."""
+    replacements, addresses = _replacements()
     calls: Counter[str] = Counter()
     uses: dict[str, tuple[str, str]] = {}
     with ExitStack() as undo, torch.no_grad():
-        for at, owner, name in _functions(model, places):
+        for at, owner, name in _functions(model, addresses):
             try:
                 source = fingerprint(layers.innermost(owner, name))
             except (OSError, TypeError):
                 continue
-            if source not in known:
+            if source not in replacements:
                 continue
-            uses[at] = known[source], source
+            uses[at] = replacements[source], source
 
             def note(original, instance, args, kwargs, at=at):
                 calls[at] += 1
@@ -46,20 +46,21 @@ def sites(model: torch.nn.Module, arguments: Mapping[str, Any]) -> list[Proposal
     ]
 
 
-def _known() -> tuple[dict[str, str], set[GlobalAddress]]:
-    """By the fingerprint of an original what replaces it; and the addresses of those that are globals."""
+def _replacements() -> tuple[dict[str, str], set[GlobalAddress]]:
+    """Return replacements by the fingerprints of their originals, and the addresses of originals that are globals."""
     sites = [site for spec in Registry(plugins=False) for site in spec.sites if site.kind == "rotary" and site.use]
-    places = {site.address for site in sites if isinstance(site.address, GlobalAddress)}
-    return {source: site.use for site in sites for source in site.source}, places
+    addresses = {site.address for site in sites if isinstance(site.address, GlobalAddress)}
+    return {source: site.use for site in sites for source in site.source}, addresses
 
 
-def _functions(model: torch.nn.Module, places: set[GlobalAddress]) -> Iterator[tuple[str, Any, str]]:
-    """What the modules that define the model's parts have: their functions, and those inside the classes' methods.
+def _functions(model: torch.nn.Module, addresses: set[GlobalAddress]) -> Iterator[tuple[str, Any, str]]:
+    """Yield the address, owner and name of functions that the model may call.
 
-    And those at `places`, which are imported where they are called.
+    These are the functions of the Python modules that define its submodules and processors, those inside the methods of
+    their classes, and those at `addresses`, which are imported where they are called.
     """
-    parts = [*model.modules(), *(part.processor for part in model.modules() if hasattr(part, "processor"))]
-    modules = {type(part).__module__ for part in parts} - {"builtins"}
+    processors = (module.processor for module in model.modules() if hasattr(module, "processor"))
+    modules = {type(each).__module__ for each in (*model.modules(), *processors)} - {"builtins"}
     for module in filter(None, map(sys.modules.get, sorted(modules))):
         if module.__name__.startswith("torch."):
             continue
@@ -67,14 +68,15 @@ def _functions(model: torch.nn.Module, places: set[GlobalAddress]) -> Iterator[t
             if isinstance(value, FunctionType):
                 yield f"{module.__name__}:{name}", module, name
             elif isinstance(value, type) and value.__module__ == module.__name__:
-                yield from _inside(module, value)
-    for place in sorted(places, key=str):
-        module = sys.modules.get(place.module)
-        if place.module not in modules and isinstance(vars(module).get(place.name) if module else None, FunctionType):
-            yield str(place), module, place.name
+                yield from _inner_functions(module, value)
+    for address in sorted(addresses, key=str):
+        module = sys.modules.get(address.module)
+        function = vars(module).get(address.name) if module else None
+        if address.module not in modules and isinstance(function, FunctionType):
+            yield str(address), module, address.name
 
 
-def _inside(module: ModuleType, cls: type) -> Iterator[tuple[str, Any, str]]:
+def _inner_functions(module: ModuleType, cls: type) -> Iterator[tuple[str, Any, str]]:
     for method in vars(cls).values():
         if isinstance(method, FunctionType):
             for name in vars(InnerFunctions(method)):

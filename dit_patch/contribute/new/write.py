@@ -1,4 +1,4 @@
-"""The beginning of a spec as YAML text, with what was seen and what is left to do beside it."""
+"""Write the beginning of a spec as YAML, with comments on what was observed and what is left to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from .observe import BlockList, Proposal
 
 @dataclass
 class Draft:
-    """What there is to write down; `problem`: why the mini could not be built or called, where it could not."""
+    """What `dit-patch new` found out about a class.
+
+    Attributes:
+        name: the dotted name of the class.
+        mini: as the spec has it.
+        blocks: the lists of blocks that are called.
+        sites: that are proposed.
+        unknown: parameters of the forward that no input was guessed for.
+        problem: why the mini could not be built or called, or None.
+        forwards: the number of forwards that were run.
+        own_mini: the mini was given, not guessed.
+    """
 
     name: str
     mini: Mapping[str, Any]
@@ -25,8 +36,8 @@ class Draft:
     own_mini: bool = False
 
 
-def text(draft: Draft) -> str:
-    """The whole file."""
+def spec_text(draft: Draft) -> str:
+    """Return the content of the spec's file."""
     lines = [
         "# Begun by `dit-patch new`; try it with `dit-patch check`. Say here what the model is for.",
         f"model: {draft.name}",
@@ -118,7 +129,7 @@ def _mini(draft: Draft) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    """YAML in one line."""
+    """Return a value as YAML in one line."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {_flow(item)}" for name, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
