@@ -160,7 +160,8 @@ def test_at_every_case_rotary_gives_the_bits_of_the_live_function(case):
 def test_every_row_is_in_the_csv_and_the_json_with_the_environment(tmp_path, capsys):
     files = {"csv": tmp_path / "rows.csv", "json": tmp_path / "rows.json"}
     given = {"tiny": TINY, "halves": HALVES}
-    assert rotary.run(["halves", "tiny"], device="cpu", seconds=0.0, cases=given, contestants=QUICK, **files) == 0
+    plan = rotary.Plan.from_options(["halves", "tiny"], device="cpu", seconds=0.0, cases=given)
+    assert rotary.run_benchmark(plan, contestants=QUICK, **files) == 0
     content = json.loads(files["json"].read_text())
     rows = [Row(**row) for row in content["rows"]]
     assert [row.case for row in rows] == ["halves"] * len(QUICK) + ["tiny"] * (len(QUICK) - 1)
@@ -179,7 +180,8 @@ def test_every_row_is_in_the_csv_and_the_json_with_the_environment(tmp_path, cap
 def test_rotary_with_other_bits_is_status_1_and_the_threads_are_as_before(capsys):
     threads = torch.get_num_threads()
     options = {"device": "cpu", "seconds": 0.0, "threads": threads + 1, "cases": {"tiny": TINY}}
-    assert rotary.run(["tiny"], contestants={EAGER: CONTESTANTS[EAGER], OURS: wrong}, **options) == 1
+    plan = rotary.Plan.from_options(["tiny"], **options)
+    assert rotary.run_benchmark(plan, contestants={EAGER: CONTESTANTS[EAGER], OURS: wrong}) == 1
     assert "no, 0.0052" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
@@ -206,7 +208,7 @@ def test_forwards_are_compared_without_the_sites_and_with_them(monkeypatch):
     skip_unless_installed(spec)
     monkeypatch.setattr(forwards, "KIND", "rope")  # of which there are sites in any case
     monkeypatch.setattr(timing, "_ROUNDS", 2)
-    case = forwards._of_depth(spec.mini.case(), 1)
+    case = forwards._with_layers(spec.mini.case(), 1)
     assert case.config["num_layers"] == 1
     rows = forwards.measure(spec, "mini", case, CPU, 0.0, None)
     assert [row.contestant for row in rows] == [forwards.WITHOUT, forwards.WITH]
@@ -253,7 +255,7 @@ def test_an_unknown_case_at_the_shell_is_answered_with_the_cases_there_are():
 def test_on_a_gpu_the_ops_work_in_a_cuda_graph_and_beyond_32_bits():
     from dit_patch.bench.rotary import checks
 
-    for row in checks.run(torch.device("cuda", 0)):
+    for row in checks.run_checks(torch.device("cuda", 0)):
         assert row.differing == 0 or row.note.startswith("skipped"), row
 
 

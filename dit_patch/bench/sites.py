@@ -32,7 +32,7 @@ _TURNS = 3  # at the least
 _LINE = "  {:<24}  {:<20}  {:<62}  {:>10}  {:>10} {:<2} {}"
 
 
-def run(
+def run_benchmark(
     parts: Sequence[str] | None = None,
     specs: Sequence[str] | None = None,
     device: str | None = None,

@@ -19,9 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..bench import sites
+    from ..bench.sites import run_benchmark
 
-    return sites.run(
+    return run_benchmark(
         parts=options.only,
         specs=options.specs,
         device=options.device,

@@ -30,17 +30,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..bench import rotary
+    from ..bench.rotary import run_benchmark
+    from ..bench.rotary.plan import PARTS, Plan
 
-    return rotary.run(
+    plan = Plan.from_options(
         options.names,
-        parts=options.only or rotary.PARTS,
+        parts=options.only or PARTS,
         everything=options.all,
         device=options.device,
         threads=options.threads,
         seconds=options.seconds,
         layers=options.layers,
         checks=options.checks,
-        csv=options.csv,
-        json=options.json,
     )
+    return run_benchmark(plan, csv=options.csv, json=options.json)

@@ -1,4 +1,4 @@
-"""What only a GPU can tell: whether the ops work in a CUDA graph, and on more elements than 32 bits count."""
+"""Check on a GPU whether the operations work in a CUDA graph, and on more elements than 32 bits count."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _HEADS, _WIDTH = 24, 128
 _SLICE = 64  # tokens
 
 
-def run(device: torch.device) -> Iterator[Row]:
-    """A row per check, and each is exact or it is not."""
+def run_checks(device: torch.device) -> Iterator[Row]:
+    """Yield a row for each check: exact or not."""
     for (case, op), check in _CHECKS.items():
         try:
             row = Row("checks", case, op, differing=check(device))

@@ -23,23 +23,23 @@ WITHOUT, WITH = "without rotary", "with rotary"
 _DEPTHS = ("num_layers", "num_single_layers")
 
 
-def concerned(spec: Spec) -> bool:
-    """Whether there is anything to compare."""
+def has_rotary_sites(spec: Spec) -> bool:
+    """Return whether the spec has sites to compare."""
     return any(site.kind == KIND for site in spec.sites)
 
 
 def sizes(spec: Spec, *, real: bool) -> dict[str, Case]:
-    """The spec's real sizes; or those whose forwards a CPU is done with soon, its mini where there are none."""
+    """Return the spec's real sizes, or only those that a CPU can run soon; its mini where there are none."""
     chosen = {name: spec.bench_case(name) for name, case in spec.bench.items() if real or case.whole}
     return chosen or {"mini": spec.mini.case()}
 
 
 def measure(spec: Spec, name: str, case: Case, device: torch.device, seconds: float, layers: int | None) -> list[Row]:
-    """A row without the rotary sites and one with them; random weights, in bfloat16 on a GPU."""
+    """Return a row without the rotary sites and one with them, with random weights, in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    case = _of_depth(case, layers)
+    case = _with_layers(case, layers)
     with ExitStack() as undo:
-        models = [_built(spec, case, dtype).to(device) for _ in range(2)]
+        models = [_build(spec, case, dtype).to(device) for _ in range(2)]
         if any(site.kind != KIND for site in spec.sites):
             undo.enter_context(apply(models[0], only=[kind for kind in KINDS if kind != KIND]))
         undo.enter_context(apply(models[1]))
@@ -69,7 +69,7 @@ def measure(spec: Spec, name: str, case: Case, device: torch.device, seconds: fl
 
 
 class _Generations:
-    """The forwards of one generation at a time, each generation with inputs of its own."""
+    """The forwards of one generation at a time, each with inputs of its own."""
 
     def __init__(self, model: torch.nn.Module, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.case, self.options = model, case, {"dtype": dtype, "device": device}
@@ -78,10 +78,15 @@ class _Generations:
         self.renew()
 
     def renew(self) -> None:
+        """Take the inputs of the next generation."""
         self.calls = next(self._made)
+
+    def __repr__(self) -> str:
+        return f"<_Generations of {type(self.model).__name__}, {len(self.calls)} forwards each>"
 
     @torch.no_grad()
     def run(self) -> None:
+        """Run the forwards of the present generation."""
         for arguments in self.calls:
             self.model(**arguments)
 
@@ -90,8 +95,8 @@ class _Generations:
             yield list(mini.forwards(self.case, self.case.sizes[0], steps=2, generation=number, **self.options))
 
 
-def _built(spec: Spec, case: Case, dtype: torch.dtype) -> torch.nn.Module:
-    """The model as a checkpoint is loaded: its parameters in `dtype`, tables that it made for itself as they were."""
+def _build(spec: Spec, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+    """Build the model as if loaded from a checkpoint: parameters in `dtype`, buffers as the model makes them."""
     model = mini.build(spec, case)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -99,7 +104,7 @@ def _built(spec: Spec, case: Case, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def _of_depth(case: Case, layers: int | None) -> Case:
+def _with_layers(case: Case, layers: int | None) -> Case:
     if layers is None:
         return case
     depths = {name: layers for name in _DEPTHS if name in case.config}

@@ -1,4 +1,4 @@
-"""A row of the benchmark, and how it reads: as a line of a table, as JSON."""
+"""A row of the benchmark, as a line of a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ HEAD = _COLUMNS.format("", "us", "20 %", "80 %", "speedup", "exact", "GB/s", "of
 
 @dataclass(frozen=True)
 class Row:
-    """What one contestant did in one case; None is what was not measured, and `note` says why it was not.
+    """What one contestant did in one case. The order of the fields is that of the columns in the CSV.
 
-    `us` is the median time for one tensor, or one forward; `speedup` is over the eager function, or the forward without
-    `rotary`. `differing` is the share of elements that are not the same bits as its results, `of_clone` that of a
-    clone's bandwidth, and `peak_bytes` the most memory that a call takes beyond its inputs.
+    Attributes:
+        part: of the benchmark.
+        case: the name of the case, or spec and size.
+        contestant: what was measured.
+        dtype: of the tensors.
+        shape: of one tensor.
+        us: the median time for one tensor or one forward, in microseconds; None here and below: not measured.
+        us_20: the time that 20 % of the calls stay below.
+        us_80: the time that 80 % of the calls stay below.
+        speedup: over the eager function, or over the forward without `rotary`.
+        differing: the share of elements with other bits than the eager function's.
+        gb_per_s: the bandwidth.
+        of_clone: the share of a clone's bandwidth.
+        peak_bytes: the most memory that a call takes beyond its inputs.
+        note: why it was not measured.
     """
 
     part: str
@@ -37,12 +49,13 @@ class Row:
 
     @property
     def exact(self) -> str:
+        """Whether all bits are the eager function's, for a table."""
         if self.differing is None:
             return "-"
         return f"no, {self.differing:.2g}" if self.differing else "yes"
 
     def line(self) -> str:
-        """The row in the table under `HEAD`."""
+        """Return the row of the table under `HEAD`."""
         if self.us is None:
             return f"  {self.contestant:<22}  {self.note}" if self.contestant else f"  {self.note}"
         times = (f"{each:,.1f}" for each in (self.us, self.us_20, self.us_80))
@@ -54,7 +67,7 @@ class Row:
 
 
 def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, str]) -> None:
-    """The environment, and every row."""
+    """Write the environment and every row."""
     content = {"environment": dict(surroundings), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

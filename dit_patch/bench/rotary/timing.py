@@ -1,6 +1,6 @@
-"""Times of several ways to do the same, in turns so that whatever else the machine does falls on all alike.
+"""Time several ways to do the same in turns, so that whatever else the machine does slows all of them alike.
 
-It knows devices and clocks, and nothing of what is measured.
+This module knows devices and clocks, and nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Clock = Callable[[Callable[[], Any], int], list[float]]
 
 @dataclass(frozen=True)
 class Timed:
-    """What is measured: a `call` that does `count` things, and how to begin a turn, which is not timed."""
+    """A `call` to be timed, which does `count` things, and what is called untimed before each turn."""
 
     call: Callable[[], Any]
     count: int = 1
@@ -43,9 +43,9 @@ class Times:
 
 
 def in_turns(ways: Sequence[Timed], device: torch.device, seconds: float, *, turn: float = _TURN) -> list[Times]:
-    """The times of each; a round takes `turn` seconds of each way, or one call, and the first does not count.
+    """Return the times of each way, in rounds until each has taken `seconds` on average.
 
-    There are as many rounds as it takes for `seconds` a way on average.
+    A round takes `turn` seconds of each way, at least one call. A first round is not counted.
     """
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     calls = [_calls(clock, way, turn) for way in ways]
@@ -61,7 +61,7 @@ def in_turns(ways: Sequence[Timed], device: torch.device, seconds: float, *, tur
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that the call has at a time beyond what there was before; None on a CPU, which keeps no count."""
+    """Return the most memory that the call allocates at a time, or None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -73,7 +73,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def differing(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> float:
-    """The share of elements whose bits are not the same; all of them where shape or dtype are not."""
+    """Return the share of elements whose bits differ; where shape or dtype differ, all of them count."""
     different = elements = 0
     for one, other in zip(ours, theirs, strict=True):
         elements += other.numel()
@@ -86,7 +86,7 @@ def differing(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> f
 
 
 def _calls(clock: Clock, way: Timed, turn: float) -> int:
-    """How many calls take that long, by the second of two."""
+    """Return how many calls take that long, judged by the second of two."""
     return max(1, min(_MOST, int(turn / max(_turn(clock, way, 2)[-1], 1e-9)))) if turn else 1
 
 
