@@ -1,6 +1,7 @@
 """No state ever leaks: each generation of one handle is what a fresh pipeline makes, whatever came before it.
 
-Letters in the names are those of the traps in the research on cache-dit.
+Each group is about a way in which cache-dit alone goes wrong: counters and residuals that a generation leaves to the
+next, guidance that is switched, sizes and errors, pipelines that share a process, hooks and offload, threads, copies.
 """
 
 import copy
@@ -47,7 +48,7 @@ def fresh():
 
 
 @pytest.mark.parametrize("calibrator", [None, "taylorseer"])
-def test_a_b_runs_of_4_30_and_8_steps_each_equal_a_fresh_pipelines(wan, fresh, calibrator):
+def test_runs_of_4_30_and_8_steps_each_equal_a_fresh_pipelines(wan, fresh, calibrator):
     config = {**stepping.EAGER, "calibrator": calibrator}
     with dit_patch.apply(wan, step_cache=config) as handle:
         for steps in (4, 30, 8, 30, 4):
@@ -68,7 +69,7 @@ def test_same_seed_twice_and_another_prompt_between(wan, fresh):
         assert any(stepping.cached(handle).values())
 
 
-def test_c_d_guidance_on_and_off_from_one_generation_to_the_next(wan, fresh, hunyuan):
+def test_guidance_may_be_on_and_off_from_one_generation_to_the_next(wan, fresh, hunyuan):
     with dit_patch.apply(wan, step_cache=stepping.EAGER) as handle:
         for scale in (6.0, 1.0, 6.0, 1.0):
             assert torch.equal(stepping.latents(wan, guidance_scale=scale), fresh(guidance_scale=scale)), scale
@@ -85,7 +86,7 @@ def test_c_d_guidance_on_and_off_from_one_generation_to_the_next(wan, fresh, hun
             assert all(row.cached for row in rows)
 
 
-def test_s_resolution_changes_with_a_threshold_that_never_looks(wan, fresh):
+def test_the_resolution_may_change_with_a_threshold_that_never_looks(wan, fresh):
     with dit_patch.apply(wan, step_cache=stepping.ALWAYS):
         for size in ((32, 32, 5), (48, 32, 5), (32, 32, 9), (32, 32, 5)):
             assert torch.equal(stepping.latents(wan, size=size), fresh(stepping.ALWAYS, size=size)), size
@@ -97,7 +98,7 @@ class Cancelled(Exception):
 
 @pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["between steps", "inside a block"])
-def test_u_exceptions_and_cancellation(wan, fresh, error, where):
+def test_an_exception_or_a_cancellation_ends_the_generation(wan, fresh, error, where):
     def stop(pipeline, step, *_):
         if step == 5:
             raise error
@@ -124,7 +125,7 @@ def test_u_exceptions_and_cancellation(wan, fresh, error, where):
         assert torch.equal(stepping.latents(wan, prompt="a red balloon"), fresh(prompt="a red balloon"))
 
 
-def test_u_an_interrupted_first_step_of_a_bare_model():
+def test_an_interrupted_first_step_of_a_bare_model_leaves_nothing():
     """The next generation begins with the very same latents and timestep, as another pass of that step would."""
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
@@ -146,7 +147,7 @@ def test_u_an_interrupted_first_step_of_a_bare_model():
         assert verify.first_difference(verify.run(model, calls), made) is None
 
 
-def test_a_scheduler_swapped_in_later(wan, fresh):
+def test_a_scheduler_swapped_in_later_is_heard(wan, fresh):
     other = stepping.euler(stepping.wan())
     pipeline = stepping.wan()
     with dit_patch.apply(pipeline, step_cache=stepping.EAGER):
@@ -156,7 +157,7 @@ def test_a_scheduler_swapped_in_later(wan, fresh):
         assert torch.equal(stepping.latents(pipeline), stepping.once(other, stepping.EAGER))
 
 
-def test_x_schedulers_of_second_order():
+def test_schedulers_of_second_order_call_the_model_twice_a_step():
     pipeline, other = stepping.wan(), stepping.wan()
     for each in (pipeline, other):
         each.scheduler = FlowMatchHeunDiscreteScheduler()
@@ -171,7 +172,7 @@ def test_x_schedulers_of_second_order():
             assert torch.equal(made, stepping.once(other, stepping.EAGER, steps=steps))
 
 
-def test_x_two_experts_count_their_own_steps():
+def test_two_experts_count_their_own_steps():
     pipeline, other = stepping.wan22(boundary_ratio=0.7), stepping.wan22(boundary_ratio=0.7)
     with dit_patch.apply(pipeline, step_cache={**stepping.EAGER, "mask": "fast"}) as handle:
         for steps in (24, 16, 24):
@@ -199,7 +200,7 @@ def test_two_experts_each_told_how_many_steps_it_gets():
         assert told == {row.model: row.steps for row in handle.step_stats()}
 
 
-def test_f_g_two_pipelines_side_by_side_and_one_of_them_removed(wan, fresh):
+def test_two_pipelines_side_by_side_do_not_share_residuals(wan, fresh):
     second, never = stepping.wan(seed=1), stepping.wan(seed=2)
     expected = stepping.latents(never)
     with dit_patch.apply(wan, step_cache=stepping.EAGER):
@@ -213,7 +214,7 @@ def test_f_g_two_pipelines_side_by_side_and_one_of_them_removed(wan, fresh):
     assert torch.equal(one, fresh())
 
 
-def test_h_removal_restores_everything_in_its_order():
+def test_removal_restores_everything_in_its_order():
     pipeline = stepping.wan()
     plain = stepping.latents(pipeline)
     before, call, names = shape_of(pipeline.transformer), type(pipeline).__call__, set(vars(pipeline))
@@ -240,7 +241,7 @@ class Counting(ModelHook):
 
 
 @pytest.mark.parametrize("hook_first", [True, False])
-def test_i_accelerates_hooks_still_run_after_removal(fresh, hook_first):
+def test_accelerates_hooks_still_run_after_removal(fresh, hook_first):
     pipeline, hook = stepping.wan(), Counting()
     if hook_first:
         add_hook_to_module(pipeline.transformer, hook)
@@ -259,7 +260,7 @@ def test_i_accelerates_hooks_still_run_after_removal(fresh, hook_first):
     )
 
 
-def test_j_offload_before_and_after_never_drops_the_cache_silently(fresh):
+def test_offload_before_and_after_never_drops_the_cache_silently(fresh):
     for offload_first in (True, False):
         pipeline = stepping.wan()
 
@@ -278,7 +279,7 @@ def test_j_offload_before_and_after_never_drops_the_cache_silently(fresh):
 
 
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
-def test_k_group_offloading_and_removal(fresh, level):
+def test_group_offloading_survives_removal(fresh, level):
     from diffusers.hooks import apply_group_offloading
 
     pipeline = stepping.wan()
@@ -292,7 +293,7 @@ def test_k_group_offloading_and_removal(fresh, level):
     assert torch.equal(stepping.latents(pipeline), plain)
 
 
-def test_l_an_empty_module_list():
+def test_an_empty_module_list_is_left_alone():
     pipeline = stepping.wan()
     pipeline.transformer.extra = torch.nn.ModuleList([])
     stepping.latents(pipeline)
@@ -336,7 +337,7 @@ def a_forward_that_waits(model, calls):
         thread.join()
 
 
-def test_m_two_threads_in_one_forward():
+def test_two_threads_in_one_forward_are_refused():
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
     with dit_patch.apply(model, step_cache=stepping.EAGER):
@@ -345,7 +346,7 @@ def test_m_two_threads_in_one_forward():
         assert type(model.blocks) is torch.nn.ModuleList and not errors
 
 
-def test_m_another_thread_that_begins_while_a_forward_runs():
+def test_another_thread_that_begins_while_a_forward_runs_is_refused():
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
     with dit_patch.apply(model, step_cache=stepping.EAGER) as handle:
@@ -357,7 +358,7 @@ def test_m_another_thread_that_begins_while_a_forward_runs():
         assert type(model.blocks) is torch.nn.ModuleList
 
 
-def test_m_two_threads_that_take_turns_within_a_generation():
+def test_two_threads_that_take_turns_within_a_generation_are_refused():
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
     more, done, errors = threading.Event(), threading.Event(), []
@@ -390,7 +391,7 @@ def test_one_thread_after_the_other(wan, fresh):
     assert len(made) == 2 and all(torch.equal(each, fresh()) for each in made)
 
 
-def test_n_copies_and_pickles_are_plain():
+def test_copies_and_pickles_are_plain():
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
     plain = verify.run(mini.build(spec, case), calls)
@@ -401,7 +402,7 @@ def test_n_copies_and_pickles_are_plain():
         assert verify.first_difference(verify.run(model, calls), cached) is None
 
 
-def test_o_another_configuration_is_an_error_and_the_same_one_the_same_handle(wan):
+def test_another_configuration_is_an_error_and_the_same_one_the_same_handle(wan):
     with dit_patch.apply(wan, step_cache="quality") as handle:
         assert dit_patch.apply(wan, step_cache="quality") is handle
         assert dit_patch.apply(wan, step_cache={"threshold": 0.08, "calibrator": "taylorseer"}) is handle
@@ -415,7 +416,7 @@ class Mine(WanTransformer3DModel):
     """For specs of its own."""
 
 
-def test_q_r_a_wrong_pattern_is_refused_and_undone(tmp_path):
+def test_a_wrong_pattern_is_refused_and_undone(tmp_path):
     spec, case, model = bare()
     model.__class__ = Mine
     text = spec.path.read_text().replace("pattern: 3", "pattern: 0")
@@ -430,7 +431,7 @@ def test_q_r_a_wrong_pattern_is_refused_and_undone(tmp_path):
     assert shape_of(model) == before
 
 
-def test_q_loops_that_do_more_than_call_their_blocks():
+def test_loops_may_do_more_than_call_their_blocks():
     """One index per block, and work between blocks: a stand-in for the whole list would call each with the first's."""
 
     class Numbered(torch.nn.Module):
@@ -450,7 +451,7 @@ def test_q_loops_that_do_more_than_call_their_blocks():
         assert verify.first_difference(verify.run(model, calls), plain) is None
 
 
-def test_r_a_model_that_is_not_its_spec_is_refused_at_its_first_forward_and_stays_usable():
+def test_a_model_that_is_not_its_spec_is_refused_and_stays_usable():
     """Parity is proved on the first forward: this block list runs its blocks backwards, which no spec knows of."""
     spec, case, model = bare()
     calls = stepping.steps(spec, case)
@@ -469,7 +470,7 @@ def test_r_a_model_that_is_not_its_spec_is_refused_at_its_first_forward_and_stay
         assert any(row.hits for row in handle.stats())  # exact caches stay on
 
 
-def test_t_forwards_outside_the_pipeline(wan, fresh):
+def test_forwards_outside_the_pipeline_leave_no_trace(wan, fresh):
     spec, case, _ = bare()
     arguments = {
         "hidden_states": torch.zeros(1, 16, 2, 4, 4),
@@ -487,13 +488,13 @@ def test_t_forwards_outside_the_pipeline(wan, fresh):
     assert torch.equal(first, fresh())
 
 
-def test_v_no_more_steps_in_a_row_than_asked_for(wan):
+def test_no_more_steps_in_a_row_are_cached_than_asked_for(wan):
     with dit_patch.apply(wan, step_cache={**stepping.ALWAYS, "max_continuous": 1}) as handle:
         stepping.latents(wan, 11)
         assert all(row.cached == (2, 4, 6, 8, 10) for row in handle.step_stats())
 
 
-def test_w_diffusers_own_caching(wan):
+def test_diffusers_own_caching_is_refused(wan):
     from diffusers import FirstBlockCacheConfig
 
     pipeline = stepping.wan()

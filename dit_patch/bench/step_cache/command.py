@@ -12,7 +12,13 @@ from ...pipelines import call_arguments, loading
 from ...step_cache.config import KNOBS, PRESETS, StepCache
 from ...upstream.verbosity import quiet_upstream
 
-NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow", "diffusers": "diffusers"}
+NEEDED = {
+    "jinja2": "jinja2",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "diffusers": "diffusers",
+}
 
 
 def run(options: argparse.Namespace) -> int:

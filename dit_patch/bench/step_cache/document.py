@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-from html import escape
 from math import isinf
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import torch
 
 from ...step_cache.stats import ranges
@@ -22,13 +23,6 @@ _PROMPT_COLUMNS = [
     "variant", "prompt", "seed", "seconds", "spread", "in the DiT", "SSIM", "worst frame", "blocks skipped",
     "skipped steps",
 ]  # fmt: skip
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .7em; text-align: right }
-td:first-child, th:first-child { text-align: left } tr + tr { border-top: 1px solid #ddd }
-img { max-width: 100% } .bad { color: #a00; font-weight: 600 } dt { float: left; clear: left; width: 10em; color: #666 }
-dd { margin-left: 10.5em }
-"""
 
 
 def table(result: Result) -> list[list[str]]:
@@ -56,37 +50,22 @@ def markdown(result: Result) -> str:
 
 
 def write(path: Path, result: Result, title: str) -> None:
-    """The whole report as one file."""
+    """Write the whole report as one file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     head, *rows = table(result)
-    parts = [f"<h1>{escape(title)}</h1>"]
-    parts += [f'<p class="bad">Failed: {escape(failure)}</p>' for failure in result.failures]
-    parts.append(_html_table(head, rows))
-    parts.append(
-        "<p>Times are seconds of a whole call and of the transformers in it, medians over the prompts; the spread is "
-        "the widest interquartile range of one prompt's repeats. SSIM and PSNR say how near each frame is to the "
-        "baseline's of the same seed, before any video encoding. They do not say which is the better video.</p>"
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        result=result,
+        head=head,
+        rows=rows,
+        plot=_base64(_plot(result.summaries)),
+        worst=[_worst_frame(result, run) for run in _worst(result)],
+        prompt_head=_PROMPT_COLUMNS,
+        prompt_rows=[_prompt_row(run) for run in result.runs],
     )
-    parts += [f"<p>{escape(remark)}</p>" for remark in result.remarks]
-    parts += ["<h2>Speed and likeness</h2>", _image(_plot(result.summaries))]
-    parts.append("<h2>Worst frames</h2><p>Baseline, variant, and their difference five times enlarged.</p>")
-    for run in _worst(result):
-        like = run.likeness
-        parts.append(
-            f"<p>{escape(run.variant.name)}, {escape(repr(run.prompt))}, frame {like.worst}: "
-            f"SSIM {like.ssim[like.worst]:.4f}, PSNR {_decibel(like.psnr[like.worst])}</p>"
-        )
-        parts.append(_image(_sheet(_baseline(result, run), run)))
-    parts.append("<h2>Prompts</h2>")
-    parts.append(_html_table(_PROMPT_COLUMNS, [_prompt_row(run) for run in result.runs]))
-    parts.append("<h2>Surroundings</h2><dl>")
-    parts += [f"<dt>{escape(name)}</dt><dd>{escape(value) or '-'}</dd>" for name, value in result.about.items()]
-    parts.append("</dl>")
-    body = "\n".join(parts)
-    path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>\n'
-        f"<body>\n{body}\n</body></html>\n",
-        encoding="utf-8",
-    )
+    path.write_text(page, encoding="utf-8")
 
 
 def _row(summary: Summary) -> list[str]:
@@ -130,11 +109,17 @@ def _prompt_row(run: Run) -> list[str]:
     ]
 
 
-def _html_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["<table><tr>", *(f"<th>{escape(cell)}</th>" for cell in head), "</tr>"]
-    for row in rows:
-        lines += ["<tr>", *(f"<td>{escape(cell)}</td>" for cell in row), "</tr>"]
-    return "".join([*lines, "</table>"])
+def _worst_frame(result: Result, run: Run) -> dict[str, Any]:
+    """What the page shows of the worst frame of a run."""
+    like = run.likeness
+    return {
+        "name": run.variant.name,
+        "prompt": repr(run.prompt),
+        "frame": like.worst,
+        "ssim": f"{like.ssim[like.worst]:.4f}",
+        "psnr": _decibel(like.psnr[like.worst]),
+        "sheet": _base64(_sheet(_baseline(result, run), run)),
+    }
 
 
 def _plot(summaries: list[Summary]) -> bytes:
@@ -199,5 +184,5 @@ def _sheet(baseline: Run, run: Run) -> bytes:
     return picture.getvalue()
 
 
-def _image(picture: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+def _base64(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
