@@ -80,6 +80,13 @@ def test_only_what_can_be_changed_is_copied():
     assert copy()[1] is not copy()[1] and copy()[1][0] is tensor
 
 
+def test_a_copy_keeps_its_names_when_the_value_loses_one():
+    value = {"a": 1, "b": 2}
+    copy = copier(value)
+    del value["a"]
+    assert copy() == {"a": 1, "b": 2}
+
+
 def test_a_row_of_the_table_is_all_that_a_new_container_needs(monkeypatch):
     class Output:
         def __init__(self, sample, extra):
@@ -88,7 +95,7 @@ def test_a_row_of_the_table_is_all_that_a_new_container_needs(monkeypatch):
     row = Container(
         is_one=lambda value: type(value) is Output,
         items=lambda value: (value.sample, value.extra),
-        rebuild=lambda value, items: Output(*items),
+        rebuild=lambda kind, names, items: kind(*items),
     )
     value = Output(torch.ones(2), [torch.ones(1)])
     with pytest.raises(TypeError, match="a .*Output cannot be stored"):

@@ -19,8 +19,8 @@ class Container(NamedTuple):
 
     is_one: Callable[[Any], bool]
     items: Callable[[Any], Iterable]
-    #: Takes a container of the kind and as many items as it has.
-    rebuild: Callable[[Any, list], Any]
+    #: Takes the type of a container, its names and other items, as many as it had when it was taken apart.
+    rebuild: Callable[[type, Sequence, list], Any]
     #: What tells two of the kind apart besides their items.
     names: Callable[[Any], Sequence] = lambda value: ()
     #: Whether callers can change one that they were handed out.
@@ -31,24 +31,24 @@ CONTAINERS = (
     Container(
         is_one=lambda value: isinstance(value, tuple) and hasattr(value, "_fields"),
         items=tuple,
-        rebuild=lambda value, items: type(value)(*items),
+        rebuild=lambda kind, names, items: kind(*items),
         is_mutable=False,
     ),
     Container(
         is_one=lambda value: isinstance(value, tuple),
         items=tuple,
-        rebuild=lambda value, items: type(value)(items),
+        rebuild=lambda kind, names, items: kind(items),
         is_mutable=False,
     ),
     Container(
         is_one=lambda value: isinstance(value, list),
         items=list,
-        rebuild=lambda value, items: type(value)(items),
+        rebuild=lambda kind, names, items: kind(items),
     ),
     Container(
         is_one=lambda value: isinstance(value, dict),
         items=lambda value: value.values(),
-        rebuild=lambda value, items: type(value)(zip(value, items)),
+        rebuild=lambda kind, names, items: kind(zip(names, items)),
         names=list,
     ),
 )
@@ -142,7 +142,8 @@ def _take_apart(value: Any, leaves: list) -> Callable[[Iterator], Any]:
         leaves.append(value)
         return next
     builds = [_take_apart(item, leaves) for item in container.items(value)]
-    return lambda others: container.rebuild(value, [build(others) for build in builds])
+    kind, names = type(value), container.names(value)  # as they are now: whoever made the value may change it later
+    return lambda others: container.rebuild(kind, names, [build(others) for build in builds])
 
 
 def _has_mutable(value: Any) -> bool:
