@@ -1,4 +1,8 @@
-"""The `dit-patch` command. Starts without torch; each subcommand imports what it needs when it runs."""
+"""Read the command line of `dit-patch`, and run the subcommand.
+
+It starts without torch: each subcommand imports what it needs when it runs. argparse does, since the flags are added to
+other programs' argparse parsers too, and the command has no dependency of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ COMMANDS = {
     "bench step-cache": "what step caching gains and costs: baseline and cached side by side, with controls",
     "bench rotary": "applying RoPE: eager, compiled, ours and others' side by side, then whole forwards",
 }
-"""What there is, and what its module here does."""
+"""The subcommands, each with what it does; each has a module here with `arguments` and `run`."""
 
 _DESCRIPTION = "Makes existing diffusion transformers faster from outside: one line, the same bits, a way back."
 _EPILOG = """\
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
-    """The parser of all commands; only the one that was chosen is filled in."""
+    """Return the parser of all commands; only the chosen one has its arguments, since they need its imports."""
     parser = argparse.ArgumentParser(
         prog="dit-patch", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
