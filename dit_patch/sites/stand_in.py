@@ -9,7 +9,7 @@ import torch
 
 from ..memo.context import context_key
 from ..memo.keys import Uncacheable
-from ..memo.results import OPAQUE, flatten, map_tensors
+from ..memo.results import OPAQUE, copier, flatten
 from ..upstream.torch_internals import is_capturing
 from . import scope
 from .binding import Attribute, Binding
@@ -31,8 +31,8 @@ class StandInSite(AttributePatch):
         self._output = Output(self.site)
         self._unused_with = tuple(name.removeprefix("model.") for name in self.site.unused_with)
         self._may_be_captured = self.may_be_captured
-        #: The stand-ins, by the device that they are on.
-        self._results: dict[torch.device | None, Any] = {}
+        #: What hands out stand-ins, by the device that they are on; in containers that callers may change.
+        self._results: dict[torch.device | None, Callable[[], Any]] = {}
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         frame = scope.current()
@@ -50,14 +50,15 @@ class StandInSite(AttributePatch):
             return original(*args, **kwargs)
         device = self._output.device(frame)
         if context is not None and is_capturing():
-            return self._results[device] if device in self._results else original(*args, **kwargs)
+            return self._results[device]() if device in self._results else original(*args, **kwargs)
         if device not in self._results:
             self.memo.cache.miss()
             result = self.memo.time(lambda: original(*args, **kwargs))
-            self._results[device] = stand_in(result, device, self._output.dtype)
+            value = stand_in(result, device, self._output.dtype)
+            self._results[device] = copier(value) or (lambda: value)
         else:
             self.memo.cache.hits += 1
-        return map_tensors(lambda tensor: tensor, self._results[device])
+        return self._results[device]()
 
     def clear(self) -> None:
         """Forget every result."""
