@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from importlib import metadata
 
@@ -161,3 +162,18 @@ def patched(tmp_path):
     yield make
     for handle in handles:
         handle.remove()
+
+
+@pytest.fixture(autouse=True)
+def diffusers_attention_backend_is_put_back():
+    """`model.set_attention_backend` sets it for the whole process, and other kernels give other bits."""
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(module, "_AttentionBackendRegistry", None)
+    before = getattr(registry, "_active_backend", None)
+    yield
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(module, "_AttentionBackendRegistry", None)
+    if registry is not None and before is not None:
+        registry._active_backend = before
+    elif registry is not None and hasattr(module, "DIFFUSERS_ATTN_BACKEND"):
+        registry._active_backend = module.AttentionBackendName(module.DIFFUSERS_ATTN_BACKEND)
