@@ -100,7 +100,12 @@ class ModuleGuards:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the parameters and buffers that count."""
-        return [tensor for _, _, tensor in self._named_tensors(self._spread(self.modules))]
+        found: list[torch.Tensor | None] = []
+        for module in self._spread(self.modules):
+            found += parameters(module).values()
+            found += buffers(module).values()
+        found += [group.get(name) for group, name in self.parameters]
+        return [tensor for tensor in found if tensor is not None]
 
     def forget(self) -> None:
         """Let go of the modules that were there at the last look; results before the next look are of another epoch."""
