@@ -169,7 +169,7 @@ def test_a_tensor_of_another_type_is_passed_through():
 
 def test_an_argument_of_the_model_s_forward_counts_by_its_facets():
     facets = {"x": ("shape",), "model.t": ("values",)}
-    frame = types.SimpleNamespace(argument=lambda name: {"t": torch.tensor([float(at)])}[name], nameless=False)
+    frame = types.SimpleNamespace(argument=lambda name: {"t": torch.tensor([float(at)])}[name], refusal=None)
     results = []
     for at in (0, 0, 1):  # noqa: B007 (the frame reads it)
         results.append(key(torch.ones(1), facets=facets, frame=frame))

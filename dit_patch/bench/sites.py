@@ -17,6 +17,7 @@ import torch
 from torch.utils.benchmark import Measurement, Timer
 
 from ..handle import apply
+from ..memo.context import transparent_modes
 from ..memo.results import map_tensors
 from ..sites import scope
 from ..spec import mini
@@ -190,11 +191,16 @@ def _operations(model: torch.nn.Module, forwards: Iterable[dict[str, Any]]) -> f
 
 
 class _Counting(TorchDispatchMode):
+    """Counts operations, and changes none."""
+
     operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations += not function.is_view
         return function(*args, **(kwargs or {}))
+
+
+transparent_modes.add(_Counting)
 
 
 def _number(value: float) -> str:

@@ -122,6 +122,7 @@ class PatchedModel:
     def _on_forward_start(self, frame: Frame) -> None:
         self.was_called = True
         self.handle.budget.begin()
+        frame.epoch = self._binding.guards.look()
         for patch in self._watchers:
             patch.on_forward_start(frame)
 
@@ -131,6 +132,7 @@ class PatchedModel:
         return [patch for patch in self.patches if patch.watches_forwards]
 
     def _on_forward_end(self, frame: Frame) -> None:
+        self._binding.guards.settle()
         if self.step_cache is not None:
             self.step_cache.note_forward()
         for finding in self._reach.findings(frame):

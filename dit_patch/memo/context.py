@@ -1,4 +1,4 @@
-"""What changes the result of a call without being an argument: autocast, default device, CUDA stream, tracing."""
+"""What changes the result of a call without being an argument: autocast, default device, CUDA stream, tracing, modes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from ..upstream.torch_internals import (
     asked_device,
     count_dispatch_modes,
     count_function_modes,
+    dispatch_modes,
+    function_modes,
     is_any_autocast_enabled,
     is_capturing,
     is_cuda_initialized,
     is_fake_mode_active,
+    is_forward_ad_active,
     is_functorch_active,
     raw_stream,
     tracing_state,
@@ -22,6 +25,9 @@ from ..upstream.torch_internals import (
 from .keys import Uncacheable
 
 CAPTURING = "a CUDA graph is being captured"
+
+transparent_modes: set[type] = set()
+"""Modes that change no result, such as one that counts operations. Under any other, nothing is looked up."""
 
 
 class _AnyStream:
@@ -44,16 +50,22 @@ def context_key(constant: bool = False) -> Hashable:
         constant: the result depends on nothing that a tensor holds, and so may become a part of a CUDA graph.
 
     Raises:
-        Uncacheable: results are no numbers (fake tensors, tracing, functorch), or a CUDA graph would replay them.
+        Uncacheable: results are no numbers (fake tensors, tracing, functorch), somebody's mode may change them, or a
+            CUDA graph would replay them.
     """
-    if count_dispatch_modes() and is_fake_mode_active():
-        raise Uncacheable("fake tensors")
+    if count_dispatch_modes():
+        _refuse_dispatch_modes()
     if tracing_state() is not None:
         raise Uncacheable("tracing")
     if is_functorch_active():
         raise Uncacheable("a functorch transform")
+    if is_forward_ad_active():
+        raise Uncacheable("forward-mode differentiation")
+    has_function_modes = count_function_modes()
+    if has_function_modes:
+        _refuse_function_modes()
     if not is_any_autocast_enabled() and not is_cuda_initialized():
-        return default_device() if count_function_modes() else None
+        return default_device() if has_function_modes else None
     stream = raw_stream(torch.cuda.current_device()) if is_cuda_initialized() else None
     if is_capturing():
         # A graph would replay what was found at capture, whatever is in its inputs by then.
@@ -77,6 +89,20 @@ def on_a_real_device() -> AbstractContextManager:
     """Make the CPU the default device where it is the meta device, as libraries have it while they load a model."""
     default = asked_device()
     return torch.device("cpu") if default is not None and default.type == "meta" else nullcontext()
+
+
+def _refuse_dispatch_modes() -> None:
+    if is_fake_mode_active():
+        raise Uncacheable("fake tensors")
+    for mode in dispatch_modes():
+        if type(mode) not in transparent_modes:
+            raise Uncacheable(f"a {type(mode).__name__}, which may change results, is on")
+
+
+def _refuse_function_modes() -> None:
+    for mode in function_modes():
+        if type(mode) not in transparent_modes:
+            raise Uncacheable(f"a {type(mode).__name__}, which may change results, is on")
 
 
 def _kinds() -> tuple[str, ...]:

@@ -1,16 +1,17 @@
 """What a result depends on besides the arguments of its call: one small class for each kind of thing that is looked at.
 
 A guard remembers something, and says whether it still is so. It holds no tensor, so that weights may come and go. What
-is written through `.data` leaves no version behind and is not seen. Which guards a module needs is for `module_guards`.
+is written through `.data` into the same memory leaves no trace and is not seen. Which guards a model needs is for
+`model_guards`.
 """
 
 # ruff: noqa: SIM110  (loops: all() of a generator takes twice the time)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import itemgetter
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from operator import is_, itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,7 +19,8 @@ from ..upstream import fastvideo_internals, peft_internals
 from ..upstream.torch_internals import (
     are_algorithms_deterministic,
     children,
-    matmul_precision,
+    module_call,
+    numerics_switches,
     storage_id,
     tensor_version,
 )
@@ -31,41 +33,115 @@ class Guard(Protocol):
     """One kind of thing that results depend on."""
 
     def still_holds(self) -> bool:
-        """Return whether nothing of it has changed. It runs at every call of a site, and is written for speed."""
+        """Return whether nothing of it has changed. It runs at every forward, and is written for speed."""
+
+
+class Holder(NamedTuple):
+    """Attributes of one module, object, class or Python module, by their names in its namespace."""
+
+    values: Mapping[str, Any]
+    names: tuple[str, ...]
+    #: Whether an attribute more or less is a change, too.
+    is_whole: bool = True
 
 
 class MembersGuard:
-    """Notices parameters, buffers and submodules that were registered or taken away."""
+    """Notices parameters, buffers and submodules that were added or taken away."""
 
-    __slots__ = ("_empty", "_sizes")
+    __slots__ = ("_expected", "_groups")
 
-    def __init__(self, groups: Iterable[dict]) -> None:
-        groups = list(groups)
-        self._sizes = [(group, len(group)) for group in groups if group]
-        self._empty = [group for group in groups if not group]
+    def __init__(self, groups: Iterable[Mapping]) -> None:
+        self._groups = tuple(groups)
+        self._expected = tuple(map(len, self._groups))
 
     def still_holds(self) -> bool:
-        for group, size in self._sizes:
-            if len(group) != size:
-                return False
-        return not any(self._empty)
+        return tuple(map(len, self._groups)) == self._expected
+
+
+class NamesGuard:
+    """Notices attributes that were added or taken away, but for those that begin with `_`."""
+
+    __slots__ = ("_names", "_sizes", "_spaces")
+
+    def __init__(self, spaces: Iterable[Mapping]) -> None:
+        self._spaces = tuple(spaces)
+        self.accept()
+
+    def still_holds(self) -> bool:
+        if tuple(map(len, self._spaces)) == self._sizes:
+            return True
+        if [_public(each) for each in self._spaces] != self._names:
+            return False
+        self._sizes = tuple(map(len, self._spaces))
+        return True
+
+    def accept(self) -> None:
+        """Take what is there now for what is to be there."""
+        self._sizes = tuple(map(len, self._spaces))
+        self._names = [_public(each) for each in self._spaces]
 
 
 class AttributeGuard:
-    """Notices plain attributes of modules that were set: theta, patch size, `training` ..."""
+    """Notices attributes that were set to something else: theta, a processor, `training`, a class's `forward` ..."""
 
-    __slots__ = ("_expected",)
+    __slots__ = ("_expected", "_holders")
 
-    def __init__(self, modules: Iterable[tuple[dict, list[str]]]) -> None:
-        self._expected = [_reader(values, names) for values, names in modules]
+    def __init__(self, holders: Iterable[Holder]) -> None:
+        self._holders = [each for each in holders if each.names]
+        self._expected = [_reader(values, names) for values, names, _ in self._holders]
 
     def still_holds(self) -> bool:
         try:
-            for values, read, expected in self._expected:
-                if read(values) != expected:
+            for read, values, expected in self._expected:
+                if not all(map(is_, read(values), expected)):
                     return False
-        except _GONE:
+        except KeyError:
             return False
+        return True
+
+    def ignore_changed(self) -> list[tuple[Mapping, str]]:
+        """Look no longer at attributes that have changed, where neither value can be called; returns which."""
+        ignored = []
+        for at, (values, names, is_whole) in enumerate(self._holders):
+            _, _, expected = self._expected[at]
+            before = dict(zip(names, expected))
+            changed = [name for name in names if is_whole and _is_other_value(values.get(name), before[name])]
+            if changed:
+                left = {name: value for name, value in before.items() if name not in changed}
+                self._holders[at] = Holder(values, tuple(left), is_whole)
+                self._expected[at] = (_read_nothing, values, ()) if not left else _reader(values, tuple(left), left)
+                ignored += [(values, name) for name in changed]
+        return ignored
+
+
+class ContainerGuard:
+    """Notices lists, dicts and sets that were changed in place."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, containers: Iterable[Any]) -> None:
+        self._expected = [(each, contents(each)) for each in containers]
+
+    def still_holds(self) -> bool:
+        for container, expected in self._expected:
+            now = contents(container)
+            if len(now) != len(expected) or not all(map(is_, now, expected)):
+                return False
+        return True
+
+
+class CellGuard:
+    """Notices variables of an enclosing function that were given another value."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, cells: Iterable[Any]) -> None:
+        self._expected = [(cell, cell.cell_contents) for cell in cells]
+
+    def still_holds(self) -> bool:
+        for cell, expected in self._expected:
+            if cell.cell_contents is not expected:
+                return False
         return True
 
 
@@ -93,6 +169,20 @@ class TensorGuard:
         return True
 
 
+class ForwardGuard:
+    """Notices that a module's own forward was replaced, on it or on its class."""
+
+    __slots__ = ("_expected", "_module")
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._expected = vars(module).get("forward"), type(module).forward
+
+    def still_holds(self) -> bool:
+        module, (own, inherited) = self._module, self._expected
+        return vars(module).get("forward") is own and type(module).forward is inherited
+
+
 class ModuleGuard:
     """Notices submodules that were replaced.
 
@@ -102,13 +192,12 @@ class ModuleGuard:
     __slots__ = ("_expected",)
 
     def __init__(self, families: Iterable[dict]) -> None:
-        self._expected = [(family, tuple(family.values())) for family in families if family]
+        self._expected = [(family.values(), tuple(family.values())) for family in families if family]
 
     def still_holds(self) -> bool:
         for family, before in self._expected:
-            for child, expected in zip(family.values(), before):
-                if child is not expected:
-                    return False
+            if not all(map(is_, family, before)):
+                return False
         return True
 
 
@@ -146,22 +235,26 @@ class AdapterGuard:
 
 
 class HookGuard:
-    """Notices hooks on submodules, which a hit would skip."""
+    """Notices hooks that were registered or removed."""
 
-    __slots__ = ("_groups",)
+    __slots__ = ("_empty", "_expected")
 
-    def __init__(self, groups: Sequence[dict]) -> None:
-        self._groups = groups
-
-    def __bool__(self) -> bool:
-        return bool(self._groups)
+    def __init__(self, groups: Iterable[Mapping[int, Callable]]) -> None:
+        groups = list(groups)
+        self._empty = tuple(each for each in groups if not each)
+        self._expected = [(each, tuple(each)) for each in groups if each]
 
     def still_holds(self) -> bool:
-        return not any(self._groups)
+        if any(self._empty):
+            return False
+        for group, expected in self._expected:
+            if tuple(group) != expected:
+                return False
+        return True
 
 
 class NumericsGuard:
-    """Notices global switches that change the bits of a matrix product; they count for sites that have weights."""
+    """Notices global switches that change the bits of an operation, and another way of calling modules."""
 
     __slots__ = ("_expected",)
 
@@ -169,17 +262,35 @@ class NumericsGuard:
         self._expected = numerics()
 
     def still_holds(self) -> bool:
-        return (matmul_precision(), are_algorithms_deterministic()) == self._expected
+        return numerics() == self._expected
 
 
 def numerics() -> Hashable:
-    """Return the global switches that change the bits of a matrix product."""
-    return matmul_precision(), are_algorithms_deterministic()
+    """Return the global switches that change the bits of an operation, and how modules are called."""
+    return numerics_switches(), are_algorithms_deterministic(), torch.get_default_dtype(), module_call()
 
 
-def plain_attributes(module: torch.nn.Module) -> list[str]:
-    """Return the names of a module's plain attributes, which its results may depend on."""
-    return [name for name, value in vars(module).items() if not name.startswith("_") and _is_plain(value)]
+def _reader(values: Mapping, names: tuple[str, ...], expected: Mapping | None = None) -> tuple[Callable, Mapping, tuple]:
+    """Return a function that takes the named items, the mapping to give to it, and what it gives or should give."""
+    read = itemgetter(*names, names[0])  # one more, so that it always gives a tuple
+    return read, values, read(values if expected is None else expected)
+
+
+def _read_nothing(values: Mapping) -> tuple:
+    return ()
+
+
+def _is_other_value(now: Any, before: Any) -> bool:
+    return now is not before and not callable(now) and not callable(before)
+
+
+def _public(space: Mapping) -> set[str]:
+    return {name for name in space if not name.startswith("_")}
+
+
+def contents(container: Any) -> tuple:
+    """Return what is in a list, dict or set."""
+    return (*container, *container.values()) if isinstance(container, Mapping) else tuple(container)
 
 
 def find_place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:
@@ -195,24 +306,6 @@ def outermost(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.
     """Return what stands in the module's place, if the module is inside it, as in a LoRA layer; else the module."""
     now = None if place is None else place[0].get(place[1])
     return now if now is not None and any(each is module for each in now.modules()) else module
-
-
-def _reader(values: dict, names: list[str]) -> tuple[dict, Callable[[dict], tuple], tuple]:
-    """Return a module's `vars`, a function that takes the named ones and `training` out of it, and what that gives."""
-    read = itemgetter(*names, "training")  # a second name, so that it always gives a tuple
-    if not all(name in values for name in names):
-
-        def read(values: dict) -> tuple:
-            return tuple(values.get(name) for name in names)
-
-    # A list may be changed in place, and would still equal itself.
-    return values, read, tuple(list(value) if type(value) is list else value for value in read(values))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(item, (bool, int, float, str)) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def _adapter_readers(layer: dict) -> list[Callable[[dict], Hashable]]:

@@ -88,9 +88,11 @@ def _identity(tensor: torch.Tensor) -> Hashable:
     refuse_autograd(tensor)
     try:
         version = tensor._version  # upstream.torch_internals.tensor_version, without its call; below, storage_id
+        storage = tensor.untyped_storage()._cdata
     except RuntimeError:
+        if tensor.layout is not torch.strided:
+            raise Uncacheable(f"a tensor with the layout {tensor.layout}") from None
         raise Uncacheable("an inference tensor has no version: changes in place would go unseen") from None
-    storage = tensor.untyped_storage()._cdata
     return storage, version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj()
 
 
@@ -207,8 +209,11 @@ class Plan:
         if len(args) > len(self.positional):
             raise Uncacheable("more positional arguments than the signature names")
         parts = [argument.part(value, dependencies) for argument, value in zip(self.positional, args)]
-        if self.borrowed and frame.nameless:
-            raise Uncacheable("the model was called with positional arguments that its spec does not name")
+        if self.borrowed:
+            if frame.refusal is not None:
+                raise Uncacheable(frame.refusal)
+            if torch.is_grad_enabled():
+                self._refuse_autograd(args, kwargs)
         for argument in self.borrowed:
             parts.append(argument.part(frame.argument(argument.name), dependencies))
         for name, value in kwargs.items():
@@ -217,3 +222,10 @@ class Plan:
                 argument = self.named[name] = Argument(name, self.facets.get(name, self.default), self.label)
             parts.append((name, argument.part(value, dependencies)))
         return parts
+
+    @staticmethod
+    def _refuse_autograd(args: tuple, kwargs: dict) -> None:
+        """Refuse tensors with a history: the model's arguments stand for their values, but not for that."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                refuse_autograd(value)

@@ -2,7 +2,8 @@
 
 Knows how to answer one call given its key; where calls come from (a wrapped attribute, the tensor code between two
 submodules) is for others. The first time that results stored under one signature are asked for again, the call is
-computed once more and compared bit for bit: a site whose key is too coarse is switched off, not believed.
+computed once more and compared bit for bit: a site whose key is too coarse is switched off, not believed. Later hits are
+checked, too, at growing distances: the 8th, the 64th, the 512th.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .results import map_tensors, same, tensors_in
 from .store import Budget, Cache, Entry
 
 CHECKS = ("first", "always", "never")
+_FURTHER = 8  # how much rarer each further check of a hit is
 FULL = "no room beside what the last forwards used; a larger max_bytes would keep it"
 
 
@@ -48,7 +50,8 @@ class Memo:
     Args:
         label: `WanTransformer3DModel: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
         budget: shared by all memos of a handle.
-        check: "first" recomputes and compares at the first hit of each new signature, "always" at each, "never" not.
+        check: "first" recomputes and compares at the first hit of each new signature and at ever rarer ones, "always" at
+            each, "never" not.
     """
 
     def __init__(self, label: str, budget: Budget, check: str = "first") -> None:
@@ -60,15 +63,18 @@ class Memo:
         self.bypassed: Counter[str] = Counter()
         self.seconds = float("inf")  # the fastest computation of a result so far
         self._checked: set[Hashable] = set()
+        #: The number of hits at which one is computed again.
+        self._next_check = float("inf") if check == "never" else _FURTHER
 
     def get(self, key: Hashable) -> Entry | None:
         """Return the entry under `key`, counted as a hit, if it may be handed out; None if `recall` must decide."""
         cache = self.cache
         entry = cache.entries.get(key)
-        if entry is None or not entry.checked or self._always:
+        if entry is None or not entry.checked or self._always or cache.hits >= self._next_check:
             return None
         for tensor, version in entry.tensors:
-            if tensor._version != version:  # upstream.torch_internals.tensor_version, without its call
+            # upstream.torch_internals.tensor_version, without its call
+            if tensor._version != version or tensor.requires_grad:
                 return None
         cache.hit(entry)
         return entry
@@ -76,7 +82,7 @@ class Memo:
     def get_in_capture(self, key: Hashable) -> Entry | None:
         """Return the entry under `key` while a CUDA graph is captured, whatever its stream; None if there is none."""
         for stored, entry in list(self.cache.entries.items()):
-            if stored == key and entry.checked and not entry.is_modified():
+            if stored == key and entry.checked and not (entry.is_modified() or entry.is_marked()):
                 self.cache.hit(entry)
                 return entry
         self.bypass(CAPTURING)
@@ -85,10 +91,16 @@ class Memo:
     def recall(self, key: Hashable, call: Call) -> Any:
         """The result under `key`: stored, or computed (and then stored, so that the next call gets the same object)."""
         entry = self.cache.entries.get(key)
+        if entry is not None and entry.is_marked():
+            self.cache.drop(entry)
+            entry = None
         if entry is None:
             return self._store(key, call)
         if entry.is_modified():
             return self._give_up(FindingKind.WRITTEN_INTO, call.compute())
+        if self.cache.hits >= self._next_check:
+            self._next_check *= _FURTHER
+            entry.checked = False
         if not entry.checked or self._always:
             fresh = self.time(call.compute)
             if not same(entry.value, fresh):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..upstream.torch_internals import tensor_version
-from .results import copier
+from .results import copier, map_tensors
 
 LAST = 4  # forwards whose results are not given up: the passes of a step, with some to spare
 
@@ -49,9 +49,17 @@ class Entry:
         # upstream.torch_internals.tensor_version, without its call
         return any(tensor._version != version for tensor, version in self.tensors)
 
+    def is_marked(self) -> bool:
+        """Return whether somebody has asked for gradients of a stored tensor, which would add up over forwards."""
+        return any(tensor.requires_grad for tensor, _ in self.tensors)
+
     def result(self) -> Any:
-        """Return the result, in a container of its own: callers may change the list or dict that they get."""
-        return self.value if self._copy is None else self._copy()
+        """Return the result, in a container of its own: callers may change the list or dict that they get.
+
+        Where autograd records, its tensors are new ones on the stored memory, which callers may mark.
+        """
+        value = self.value if self._copy is None else self._copy()
+        return map_tensors(torch.Tensor.detach, value) if torch.is_grad_enabled() else value
 
 
 class Budget:
@@ -117,11 +125,13 @@ class Cache:
         return f"<Cache: {len(self.entries)} entries, {self.hits} hits, {self.misses} misses>"
 
     def hit(self, entry: Entry) -> None:
-        """Count a hit, and make the entry the last to be given up."""
+        """Count a hit, and make the entry the last to be given up.
+
+        Without the lock: what threads do to each other's counts is not worth a fifth of a hit.
+        """
         budget = self.budget
-        with budget.lock:
-            self.hits += 1
-            budget.clock = entry.touched = budget.clock + 1
+        self.hits += 1
+        budget.clock = entry.touched = budget.clock + 1
 
     def miss(self) -> None:
         """Count a miss."""

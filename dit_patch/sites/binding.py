@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import SiteError, suggest
+from ..memo.model_guards import ModelGuards
 from ..memo.store import Budget
 from ..spec.model import Site, Spec
 from . import layers, scope
 from .inner_functions import InnerFunctions
+from .surroundings import model_guards
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Binding:
     check: str = "first"
     #: Whether `bind:` in a spec counts.
     fixes: bool = False
+    #: What is looked at once a forward.
+    guards: ModelGuards = field(default=None, compare=False)
+    #: Paths of the model's block lists.
+    blocks: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -40,7 +46,9 @@ class Binding:
     ) -> Binding:
         """Return what the sites of `spec` are bound with on `model`."""
         parameters = (*scope.parameters(model), *spec.parameters)
-        return cls(model, parameters, scope.takes_any(model), budget, check, fixes)
+        blocks = [each.at for each in spec.blocks]
+        takes_any = scope.takes_any(model)
+        return cls(model, parameters, takes_any, budget, check, fixes, model_guards(model), blocks)
 
     def check_argument(self, name: str, label: str) -> None:
         """Raise SiteError if the model's forward has no argument of this name."""

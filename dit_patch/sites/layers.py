@@ -216,7 +216,7 @@ def _settle(wrapped: Wrapped) -> bool:
 
 def _find(owner: Any, name: str, wrapped: Wrapped) -> tuple[Any, str, Wrapped | None] | None:
     """Return where the layer is: its slot (holder, attribute), and the layer of ours directly above it, if any."""
-    for holder, attribute in _slots(owner, name):
+    for holder, attribute in slots(owner, name):
         above, here = None, vars(holder).get(attribute)
         while type(here) is Wrapped:
             if here is wrapped:
@@ -226,11 +226,11 @@ def _find(owner: Any, name: str, wrapped: Wrapped) -> tuple[Any, str, Wrapped | 
 
 
 def _innermost(owner: Any, name: str) -> tuple[Any, str]:
-    *_, last = _slots(owner, name)
+    *_, last = slots(owner, name)
     return last
 
 
-def _slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+def slots(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
     """Yield the attributes that a call goes through, outermost first: `owner.name`, then what hooks have saved."""
     holder, attribute = owner, name
     for _ in range(_DEEPEST):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -65,8 +66,6 @@ class AttributePatch:
         #: Arguments that the model's own call overrides; None where there are none.
         self.overrides = Overrides(self.site.bind, attribute.parameters) if binding.fixes and self.site.bind else None
         self._leftovers = Leftovers(attribute.leftovers)
-        place = GlobalPlacement if attribute.is_global else Placement
-        self._placement = place(attribute.owner, attribute.name, self)
 
     def __repr__(self) -> str:
         cache = self.memo.cache
@@ -74,6 +73,16 @@ class AttributePatch:
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError
+
+    @cached_property
+    def _placement(self) -> Placement:
+        place = GlobalPlacement if self.attribute.is_global else Placement
+        return place(self.attribute.owner, self.attribute.name, self.target)
+
+    @property
+    def target(self) -> Callable:
+        """What the layer calls."""
+        return self
 
     def install(self) -> None:
         """Wrap the attribute, or wrap it again where another library has dropped the layer."""

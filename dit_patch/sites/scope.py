@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..upstream.torch_internals import drop_forward_hooks, forward_pre_hooks
+from ..upstream.torch_internals import drop_forward_hooks, forward_pre_hooks, move_pre_hook_to_end
 
 _current: ContextVar[Frame | None] = ContextVar("dit_patch_frame", default=None)
 _is_compiling = torch.compiler.is_compiling
@@ -23,6 +23,8 @@ _is_compiling = torch.compiler.is_compiling
 current: Callable[[], Frame | None] = _current.get
 
 MISSING = object()
+_NAMELESS = "the model was called with positional arguments that its spec does not name"
+_HOOKED = "a hook that was registered after apply() may have changed the model's arguments"
 
 
 class Frame:
@@ -31,11 +33,14 @@ class Frame:
     `calls` counts, by whatever object a caller chooses, how often something happened in this forward.
     """
 
-    __slots__ = ("_undo", "args", "calls", "kwargs", "model", "nameless", "parent", "positions")
+    __slots__ = ("_undo", "args", "calls", "epoch", "kwargs", "model", "parent", "positions", "refusal")
 
     def __init__(self, model: torch.nn.Module, positions: dict[str, int], args: tuple, kwargs: dict, parent) -> None:
         self.model, self.positions, self.args, self.kwargs, self.parent = model, positions, args, kwargs, parent
-        self.nameless = len(args) > len(positions)  # some positional arguments cannot be told by name
+        #: Why the arguments cannot be gone by; None if they can.
+        self.refusal = _NAMELESS if len(args) > len(positions) else None
+        #: The number of the model's guards at the forward's start.
+        self.epoch = 0
         self.calls: dict[Any, int] = {}
         self._undo: list[tuple[Any, Callable[[], None]]] = []
 
@@ -147,6 +152,10 @@ class Scope:
         # A model is never inside its own forward; but torch runs no hooks for an interrupt.
         self._abandon()
         frame = Frame(self.model, self.positions, args, kwargs, _current.get())
+        number = self._hooks[0].id
+        if next(reversed(forward_pre_hooks(module))) != number:
+            frame.refusal = _HOOKED
+            move_pre_hook_to_end(module, number)
         _current.set(frame)
         if self.started is not None:
             self.started(frame)

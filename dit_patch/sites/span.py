@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import SiteError, suggest
-from ..memo.context import context_key
+from ..memo.context import context_key, transparent_modes
 from ..memo.keys import Argument, Dependencies, Uncacheable
 from ..memo.lookup import Memo
 from ..memo.store import Entry
@@ -114,8 +114,8 @@ class Span:
             if is_compiled_along(self.model, self.ends.path):
                 # A mode that is on when a compiled function is entered would have it compiled again.
                 raise Uncacheable("the submodule after it is compiled")
-            if self.arguments and frame.nameless:
-                raise Uncacheable("the model was called with positional arguments that its spec does not name")
+            if self.arguments and frame.refusal is not None:
+                raise Uncacheable(frame.refusal)
             mode = _WatchMode(self, context_key(True), [frame.argument(name) for name in self.arguments])
         except Uncacheable as reason:
             self.memo.bypass(str(reason))
@@ -181,6 +181,9 @@ class _WatchMode(TorchFunctionMode):
         if entry is not None and isinstance(result, torch.Tensor):
             self.known[id(result)], self.entries[id(result)] = result, entry
         return result
+
+
+transparent_modes.add(_WatchMode)
 
 
 class _FunctionCall:

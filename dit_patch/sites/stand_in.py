@@ -13,9 +13,11 @@ from ..memo.results import OPAQUE, copier, flatten
 from ..upstream.torch_internals import is_capturing
 from . import scope
 from .binding import Attribute, Binding
+from .memoised import MemoisedSite
 from .output import Output
 from .patch import AttributePatch
 from .scope import Frame
+from .surroundings import site_guards
 
 
 class StandInSite(AttributePatch):
@@ -28,6 +30,9 @@ class StandInSite(AttributePatch):
         super().__init__(binding, attribute)
         #: What answers calls whose result is read; the counters are one.
         self.otherwise, self.memo = otherwise, otherwise.memo
+        #: What tells whether a hook reads the result.
+        self.guards = otherwise.guards if isinstance(otherwise, MemoisedSite) else site_guards(attribute, self.model)
+        binding.guards.add(self.guards)
         self._output = Output(self.site)
         self._unused_with = tuple(name.removeprefix("model.") for name in self.site.unused_with)
         self._may_be_captured = self.may_be_captured
@@ -71,7 +76,7 @@ class StandInSite(AttributePatch):
 
     def _is_unread(self, frame: Frame) -> bool:
         """Return whether nobody reads the result: in any forward, or in this one, which got all of `unused_with`."""
-        if frame.nameless and self._unused_with:
+        if self.guards.is_observed or (frame.refusal is not None and self._unused_with):
             return False
         if self.site.unused:
             return True

@@ -30,6 +30,14 @@ def context_manager(name: str, is_similar: Callable[..., bool]) -> Any:
     return manager
 
 
+def is_cached_forward(forward: Any) -> bool:
+    """Return whether a model's forward is cache-dit's `new_forward_with_hf_hook`, which hands its arguments on.
+
+    Where the name is gone, it is taken for a forward that was replaced.
+    """
+    return getattr(forward, "__qualname__", "").endswith(".new_forward_with_hf_hook")
+
+
 def first_residual(
     manager: Any, owner: torch.nn.Module, name: str, pattern: int, label: str
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

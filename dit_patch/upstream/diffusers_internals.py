@@ -38,6 +38,35 @@ def saved_forward(forward: Any) -> tuple[Any, str] | None:
     return None
 
 
+_NEUTRAL = {
+    "ContextParallelGatherHook",
+    "ContextParallelSplitHook",
+    "GroupOffloadingHook",
+    "LayerExecutionTrackerHook",
+    "LayerwiseCastingHook",
+    "LazyPrefetchGroupOffloadingHook",
+    "PeftInputAutocastDisableHook",
+}
+
+
+def hooks(module: torch.nn.Module) -> list[Any]:
+    """Return the diffusers hooks on a module, which stand in its registry `_diffusers_hook`.
+
+    They are around its forward, and some keep results of their own. Empty where the name is gone; the forward is then
+    taken for one that was replaced.
+    """
+    return list(getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values())
+
+
+def is_neutral(hook: Any) -> bool:
+    """Return whether a hook computes what the forward does, wherever its weights and tokens are.
+
+    By the names of their classes, of which `diffusers.hooks` exports functions alone. Any other, such as the hooks of
+    step caches, may hand out something else.
+    """
+    return type(hook).__name__ in _NEUTRAL
+
+
 def prefetches(module: torch.nn.Module) -> bool:
     """Return whether the module or one below is group-offloaded with a stream, and so brings in the next one's weights.
 

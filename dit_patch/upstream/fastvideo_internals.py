@@ -25,6 +25,15 @@ def adapter_state(layer: dict) -> Hashable:
     return layer["lora_strength"], layer.get("lora_alpha"), layer.get("disable_lora"), layer.get("merged")
 
 
+def is_hook(forward: Any) -> bool:
+    """Return whether a module's forward is what `ModuleHookManager` puts there, to move weights or to write a trace.
+
+    It is a partial of the inner function `forward_hook_wrapper`. Where the name is gone, it is taken for a forward that
+    was replaced.
+    """
+    return getattr(getattr(forward, "func", None), "__name__", "") == "forward_hook_wrapper"
+
+
 def prefetches(block: torch.nn.Module) -> bool:
     """Return whether the block is offloaded layer by layer, and so brings in the next one's weights.
 

@@ -6,15 +6,18 @@ back to: where the name is gone, importing or calling it raises AttributeError o
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.modules.module as _modules
+from torch.autograd import forward_ad as _forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 __all__ = ["StorageWeakRef", "TorchDispatchMode"]  # undocumented as they are, with nothing to add
 
@@ -118,7 +121,12 @@ def is_compiled(module: torch.nn.Module) -> bool:
     own = module.__dict__
     if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
         return True
-    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+    return is_compiled_forward(own.get("forward"))
+
+
+def is_compiled_forward(forward: Any) -> bool:
+    """Return whether a function is a compiled one: it has `_torchdynamo_orig_callable`."""
+    return hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def is_compiling_anywhere() -> bool:
@@ -148,11 +156,66 @@ is_functorch_active = torch._C._are_functorch_transforms_active
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 """Return whether autocast is on for any device; results under it have other dtypes."""
 
-matmul_precision = torch._C._get_float32_matmul_precision
-"""Return what `torch.get_float32_matmul_precision()` does, without its detour through Python."""
-
 are_algorithms_deterministic = torch._C._get_deterministic_algorithms
 """Return what `torch.are_deterministic_algorithms_enabled()` does, without its detour through Python."""
+
+_PRECISIONS = [
+    *(("cuda", each) for each in ("matmul", "conv", "rnn", "all")),
+    *(("mkldnn", each) for each in ("matmul", "conv", "rnn", "all")),
+    ("generic", "all"),
+]
+_SWITCHES = """
+    cublas_allow_fp16_reduced_precision_reduction cublas_allow_bf16_reduced_precision_reduction
+    cublas_allow_fp16_accumulation cpu_allow_fp16_reduced_precision_reduction
+    cudnn_enabled cudnn_benchmark cudnn_deterministic cudnn_sdp_enabled flash_sdp_enabled mem_efficient_sdp_enabled
+    math_sdp_enabled math_sdp_allow_fp16_bf16_reduction mkldnn_enabled mkldnn_deterministic nnpack_enabled qengine
+"""
+
+
+def _readers() -> tuple[Callable[[], Any], ...]:
+    precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if precision is None:  # before torch 2.9
+        readers = [torch._C._get_float32_matmul_precision, torch._C._get_cudnn_allow_tf32]
+    else:
+        readers = [functools.partial(precision, *each) for each in _PRECISIONS]
+    names = [f"_get_{each}" for each in _SWITCHES.split()]
+    readers += [getattr(torch._C, name) for name in names if hasattr(torch._C, name)]
+    return (*readers, torch.get_num_threads)
+
+
+_numerics_readers = _readers()
+
+
+def numerics_switches() -> tuple:
+    """Return the process's switches that change the bits of an operation: TF32 and the like, backends, threads.
+
+    The public `torch.backends.*` go through several objects each, and `torch.get_float32_matmul_precision()` raises
+    RuntimeError once `torch.backends.*.fp32_precision` was set, the way that torch recommends since 2.9.
+
+    A switch whose name is gone no longer counts.
+    """
+    return tuple([read() for read in _numerics_readers])
+
+
+def module_call() -> tuple:
+    """Return the functions that run when any module is called: some libraries replace them for all modules."""
+    return torch.nn.Module.__call__, torch.nn.Module._call_impl
+
+
+def global_hooks() -> tuple[dict, dict]:
+    """Return the forward hooks and pre-hooks of all modules, by number: torch registers them, and lists them nowhere."""
+    return _modules._global_forward_hooks, _modules._global_forward_pre_hooks
+
+
+def move_pre_hook_to_end(module: torch.nn.Module, number: int) -> None:
+    """Have a forward pre-hook called after all others that are there; torch calls them in the order of the dict."""
+    forward_pre_hooks(module).move_to_end(number)
+
+
+def is_forward_ad_active() -> bool:
+    """Return whether a level of forward-mode differentiation is entered; a stored result has no tangent."""
+    return _forward_ad._current_level >= 0
+
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -160,6 +223,16 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 def is_fake_mode_active() -> bool:
     """Return whether tensors made now are fake: they have shapes and no numbers, and must not be stored."""
     return torch._C._get_dispatch_mode(_FAKE) is not None
+
+
+def dispatch_modes() -> list[Any]:
+    """Return the modes that see operators, innermost last; to be asked only where there are some."""
+    return _get_current_dispatch_mode_stack()
+
+
+def function_modes() -> list[Any]:
+    """Return the modes that see torch functions, but for those of `with torch.device(...)`; innermost last."""
+    return [mode for mode in _get_current_function_mode_stack() if type(mode) is not DeviceContext]
 
 
 def asked_device() -> torch.device | None:

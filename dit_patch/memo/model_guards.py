@@ -1,0 +1,232 @@
+"""One look at the world per forward: everything that results of a model's sites depend on, as one number.
+
+What is not an argument and not a weight is compared with what was found at the last look, once for all sites: structure,
+hooks, attributes, classes, adapters, numerics. Any difference is another epoch, with other results. What cannot be
+compared, such as a hook, makes the sites that it concerns step aside, with the reason.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..upstream.torch_internals import buffers, children, forward_hooks, forward_pre_hooks, global_hooks, parameters
+from .guards import (
+    AttributeGuard,
+    CellGuard,
+    ContainerGuard,
+    ForwardGuard,
+    HookGuard,
+    MembersGuard,
+    ModuleGuard,
+    NamesGuard,
+    NumericsGuard,
+    PlaceGuard,
+)
+from .reachable import Reachable, merged
+from .site_guards import SiteGuards
+
+HOOKED_INSIDE = "a hook is registered on a submodule, and a hit would skip it"
+HOOKED_BETWEEN = "a hook stands between the model's arguments and the site"
+HOOKED_GLOBALLY = "a hook is registered on all modules, and a hit would skip it"
+OTHER_FORWARD = "a forward was replaced by a function that cannot be seen through"
+TRAINING = "the module is in training mode; call `.eval()`"
+_SETTLING = 2  # forwards after a look, in which attributes that a forward sets itself are found
+
+
+class ModelGuards:
+    """The guards of one model's sites, made anew whenever one of them does not hold any more.
+
+    Args:
+        root: the model.
+        is_own_hook: tells hooks that do not count, since they are ours.
+        foreign_forwards: returns what a call of a module's forward goes through besides its class's forward and hooks
+            that change nothing.
+    """
+
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        is_own_hook: Callable[[Any], bool] = lambda hook: False,
+        foreign_forwards: Callable[[torch.nn.Module], Iterable[Any]] = lambda module: (),
+    ) -> None:
+        self.root, self.is_own_hook, self.foreign_forwards = root, is_own_hook, foreign_forwards
+        self.sites: list[SiteGuards] = []
+        self.epoch = 0
+        self._forward = type(root).forward
+        self._checks: Sequence[Callable[[], bool]] = (bool,)  # which is False
+        self._settling: list[tuple[AttributeGuard, NamesGuard]] = []
+        #: Attributes that forwards set themselves, by their namespace's id; the namespace is kept, and so is the id.
+        self._ignored: dict[tuple[int, str], Mapping] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ModelGuards of {type(self.root).__name__}: epoch {self.epoch}, {len(self.sites)} sites>"
+
+    def add(self, site: SiteGuards) -> None:
+        """Look at what a site depends on, too."""
+        self.sites.append(site)
+        self.forget()
+
+    def look(self) -> int:
+        """Return a number that changes whenever anything that counts has changed."""
+        for still_holds in self._checks:
+            if not still_holds():
+                self._look()
+                break
+        return self.epoch
+
+    def settle(self) -> None:
+        """Say that a forward has ended: attributes that it has set itself are its own business from now on.
+
+        That is found in the first forwards after a change; later ones set nothing else.
+        """
+        if self._settling:
+            attributes, names = self._settling.pop()
+            names.accept()
+            for space, name in attributes.ignore_changed():
+                self._ignored[id(space), name] = space
+
+    def forget(self) -> None:
+        """Let go of what was found; results before the next look are of another epoch."""
+        with self._lock:
+            self._checks = (bool,)
+            self._settling = []
+            for site in self.sites:
+                site.forget()
+
+    def _look(self) -> None:
+        with self._lock:
+            world = _World(self)
+            for site in self.sites:
+                world.add(site)
+            attributes, names = AttributeGuard(world.holders), NamesGuard(world.spaces)
+            guards = [
+                HookGuard(world.hooks.values()),
+                names,
+                attributes,
+                MembersGuard([*world.groups, *world.families]),
+                ContainerGuard(world.found.containers),
+                CellGuard(world.found.cells),
+                ModuleGuard(world.families),
+                PlaceGuard(place for site in self.sites for place in site.places if place is not None),
+                ForwardGuard(self.root),
+                NumericsGuard(),
+            ]
+            self._settling = [(attributes, names)] * _SETTLING
+            self._checks = tuple(guard.still_holds for guard in guards)
+            self.epoch += 1
+
+    def has_foreign(self, hooks: Mapping[int, Callable]) -> bool:
+        """Return whether there is a hook among these that is not ours."""
+        return any(not self.is_own_hook(hook) for hook in hooks.values())
+
+    @property
+    def has_other_forward(self) -> bool:
+        """Whether the model's class has got another forward."""
+        return type(self.root).forward is not self._forward
+
+    @property
+    def ignored(self) -> set[tuple[int, str]]:
+        """Attributes that do not count, by the id of their namespace and their name."""
+        return set(self._ignored)
+
+
+class _World:
+    """What was found in one look, of all sites."""
+
+    def __init__(self, guards: ModelGuards) -> None:
+        self.guards = guards
+        self.found = Reachable(set(guards.root.modules()), guards.ignored)
+        self.modules: dict[torch.nn.Module, None] = {}
+        self.hooks: dict[int, Mapping] = {id(each): each for each in global_hooks()}
+
+    def __repr__(self) -> str:
+        return f"<_World of {len(self.modules)} modules>"
+
+    def add(self, site: SiteGuards) -> None:
+        """Collect what one site depends on, and find out whether its results can be kept."""
+        inside, between = site.inside(), [*site.between()]
+        own = {*site.tops(), *site.modules}
+        forwards = [each for module in (*inside, *between, *site.ancestors) for each in self._forwards(module)]
+        known = len(self.found.modules)
+        for module in (*inside, *between, *site.ancestors):
+            if module is not self.guards.root or module in own:  # of the model, no more than how it is called
+                self._add_module(module)
+        for each in (*site.functions, *forwards):
+            self.found.add(each)
+        outside = [each for module in self.found.modules[known:] for each in module.modules()]
+        for module in outside:
+            self._add_module(module)
+        site.weights.look_again()
+        site.weights.others = outside
+        site.weights.attributes = [place for module in (*inside, *outside) for place in self._tensors(module)]
+        below = [module for module in (*inside, *outside) if module not in own]
+        within = [read(module) for module in below for read in (forward_hooks, forward_pre_hooks)]
+        around = [read(module) for module in between for read in (forward_hooks, forward_pre_hooks)]
+        if site.ancestors:
+            ancestors = [module for module in site.ancestors if module is not self.guards.root]
+            around += [forward_pre_hooks(module) for module in (*ancestors, *own)]
+        observing = [forward_hooks(module) for module in own]
+        self.hooks |= {id(each): each for each in (*within, *around, *observing)}
+        site.is_observed = any(map(self.guards.has_foreign, (*observing, *global_hooks())))
+        site.refusal = self._refusal(site, within, around, forwards)
+
+    def _refusal(
+        self, site: SiteGuards, within: Iterable[Mapping], around: Iterable[Mapping], forwards: Iterable[Any]
+    ) -> str | None:
+        has_foreign = self.guards.has_foreign
+        if any(map(has_foreign, global_hooks())):
+            return HOOKED_GLOBALLY
+        if any(map(has_foreign, within)):
+            return HOOKED_INSIDE
+        if any(map(has_foreign, around)):
+            return HOOKED_BETWEEN
+        if not all(map(_can_be_compared, forwards)) or (site.ancestors and self.guards.has_other_forward):
+            return OTHER_FORWARD
+        if any(module.training for module in site.modules) and site.weights.are_parameters:
+            return TRAINING
+        return None
+
+    def _add_module(self, module: torch.nn.Module) -> None:
+        self.modules.setdefault(module)
+        self.found.add_module(module)
+
+    def _forwards(self, module: torch.nn.Module) -> Iterable[Any]:
+        return self.guards.foreign_forwards(module)
+
+    def _tensors(self, module: torch.nn.Module) -> list[tuple[dict, str]]:
+        """Return the places of a module's plain attributes that are tensors."""
+        space = vars(module)
+        names = [name for name, value in space.items() if isinstance(value, torch.Tensor) and not name.startswith("_")]
+        return [(space, name) for name in names if (id(space), name) not in self.guards.ignored]
+
+    @property
+    def holders(self) -> list:
+        """The namespaces with attributes to compare, each once."""
+        return merged(self.found.holders)
+
+    @property
+    def spaces(self) -> list[Mapping]:
+        """The namespaces of which all attributes count."""
+        return [values for values, _, is_whole in self.holders if is_whole]
+
+    @property
+    def families(self) -> list[dict]:
+        """The children of each module."""
+        return [children(module) for module in self.modules]
+
+    @property
+    def groups(self) -> list[dict]:
+        """The parameters and buffers of each module."""
+        return [read(module) for module in self.modules for read in (parameters, buffers)]
+
+
+def _can_be_compared(forward: Any) -> bool:
+    """Return whether all that a function depends on can be looked at: it is a method, or has no variables but its own."""
+    if getattr(forward, "__self__", None) is not None:
+        return True
+    return hasattr(forward, "__code__") and not forward.__closure__

@@ -1,0 +1,94 @@
+"""What the results of a bound site depend on, and what else a call of a module's forward goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..memo.model_guards import ModelGuards
+from ..memo.site_guards import SiteGuards
+from ..upstream import cache_dit_internals, diffusers_internals, fastvideo_internals
+from ..upstream.torch_internals import children, is_compiled_forward
+from . import layers
+from .scope import Hook
+
+if TYPE_CHECKING:
+    from .binding import Attribute
+
+
+def model_guards(model: torch.nn.Module) -> ModelGuards:
+    """Return the guards of a model, without any sites yet."""
+    return ModelGuards(model, lambda hook: isinstance(hook, Hook), foreign_forwards)
+
+
+def site_guards(attribute: Attribute, model: torch.nn.Module, blocks: Collection[str] = ()) -> SiteGuards:
+    """Return the guards of one site.
+
+    Args:
+        blocks: the paths of the model's block lists, which run after whatever is kept of the model's arguments.
+    """
+    owner = attribute.owner
+    is_module = isinstance(owner, torch.nn.Module)
+    modules = [*([owner] if is_module else []), *attribute.modules]
+    ancestors: list[torch.nn.Module] = []
+    between: Callable[[], Iterator[torch.nn.Module]] = _nothing
+    if any(name.startswith("model.") for name in attribute.site.key):
+        ancestors, path = _ancestors(model, owner) if is_module else ([model], "")
+        if not any(f"{path}.".startswith(f"{each}.") for each in blocks):
+            between = partial(_between, ancestors[-1], owner, [model.get_submodule(each) for each in blocks])
+    return SiteGuards(
+        modules,
+        model,
+        subtree=owner is not model,
+        parameters=attribute.weights,
+        between=between,
+        ancestors=ancestors,
+        functions=() if is_module else (attribute.original,),
+    )
+
+
+def foreign_forwards(module: torch.nn.Module) -> list[Any]:
+    """Return what a call of the module's forward goes through besides its class's forward, layers of ours and hooks.
+
+    Hooks of accelerate, diffusers, FastVideo and cache-dit do not count where they only move, cast or shorten.
+    """
+    if "forward" not in vars(module):
+        return []
+    found = [hook for hook in diffusers_internals.hooks(module) if not diffusers_internals.is_neutral(hook)]
+    value = None
+    for holder, name in layers.slots(module, "forward"):
+        value = vars(holder).get(name)
+        while type(value) is layers.Wrapped:
+            value = value.__wrapped__
+    is_own = value is None or (isinstance(value, MethodType) and value.__self__ is module)
+    is_neutral = (fastvideo_internals.is_hook, cache_dit_internals.is_cached_forward, is_compiled_forward)
+    if not is_own and not any(known(value) for known in is_neutral):
+        found.append(value)
+    return found
+
+
+def _nothing() -> Iterator[torch.nn.Module]:
+    return iter(())
+
+
+def _ancestors(model: torch.nn.Module, owner: torch.nn.Module) -> tuple[list[torch.nn.Module], str]:
+    """Return the modules that the owner is in, the model first, and the owner's path; the model alone if in none."""
+    path = next((name for name, module in model.named_modules() if module is owner), "")
+    steps = path.split(".")[:-1] if path else []
+    found = [model]
+    for step in steps:
+        found.append(children(found[-1])[step])
+    return found, path
+
+
+def _between(
+    parent: torch.nn.Module, owner: torch.nn.Module, blocks: Collection[torch.nn.Module]
+) -> Iterator[torch.nn.Module]:
+    """Yield what is beside the owner in its parent, without the model's block lists."""
+    for child in children(parent).values():
+        if child is not None and child is not owner and not any(child is each for each in blocks):
+            yield from child.modules()
