@@ -25,6 +25,7 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_patch.memo.context import transparent_modes
 from dit_patch.memo.keys import PLAIN
 
 NAME = "accel"
@@ -306,6 +307,9 @@ def _frames() -> Iterator[Any]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+transparent_modes.add(Accelerator)
 
 
 class _State:

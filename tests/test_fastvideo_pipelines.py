@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 import dit_patch
 from dit_patch import DitPatchError
+from dit_patch.memo.context import transparent_modes
 from dit_patch.memo.keys import same_bits
 from dit_patch.sites.scope import current
 from dit_patch.spec.registry import Registry
@@ -598,6 +599,9 @@ class StopAt(TorchFunctionMode):
         if self.calls == self.number:
             raise ZeroDivisionError
         return function(*args, **(kwargs or {}))
+
+
+transparent_modes.add(StopAt)
 
 
 @pytest.mark.parametrize("name", ["wan", "matrixgame2, short", "hunyuan15", "matrixgame3"])

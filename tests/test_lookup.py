@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dit_patch.findings import FindingKind
+from dit_patch.findings import DitPatchWarning, FindingKind
 from dit_patch.memo.keys import Dependencies
 from dit_patch.memo.lookup import Memo
 from dit_patch.memo.results import same, tensors_in
@@ -66,7 +66,8 @@ def counts(memo):
 
 def test_a_call_is_computed_once_and_checked_once():
     site, call = memo(), Call(lambda: torch.ones(3))
-    results = [ask(site, call) for _ in range(5)]
+    with torch.no_grad():
+        results = [ask(site, call) for _ in range(5)]
     assert all(result is results[0] for result in results)
     assert call.computed == 2
     assert counts(site) == (4, 1, {})
@@ -74,14 +75,54 @@ def test_a_call_is_computed_once_and_checked_once():
 
 def test_other_keys_of_a_signature_that_was_checked_are_not_checked_again():
     site = memo()
-    calls = [Call(lambda: torch.ones(3), key=number) for number in range(4)]
+    calls = [Call(lambda: torch.ones(3), key=number) for number in range(2)]
     for call in calls * 3:
         ask(site, call)
-    assert sum(call.computed for call in calls) == 4 + 4  # all stored before the first hit: each is checked
-    later = [Call(lambda: torch.ones(3), key=number) for number in range(4, 8)]
+    assert sum(call.computed for call in calls) == 2 + 2  # all stored before the first hit: each is checked
+    later = [Call(lambda: torch.ones(3), key=number) for number in range(2, 4)]
     for call in later * 3:
         ask(site, call)
-    assert [call.computed for call in later] == [1, 1, 1, 1]
+    assert [call.computed for call in later] == [1, 1]
+
+
+def test_later_hits_are_checked_at_growing_distances():
+    site, call = memo(), Call(lambda: torch.ones(3))
+    computed = []
+    for _ in range(600):
+        ask(site, call)
+        computed.append(call.computed)
+    checked = [at for at in range(1, 600) if computed[at] > computed[at - 1]]
+    assert checked == [1, 9, 65, 513]  # the hit after the 8th, the 64th, the 512th
+
+
+def test_a_later_check_that_finds_another_result_switches_the_site_off():
+    site, values = memo(), [torch.ones(3)]
+    call = Call(lambda: values[0].clone())
+    for _ in range(9):
+        ask(site, call)
+    values[0] = torch.zeros(3)
+    with pytest.warns(DitPatchWarning, match="too coarse"):
+        assert torch.equal(ask(site, call), torch.zeros(3))
+    assert site.off is not None
+
+
+def test_a_result_that_somebody_has_marked_for_gradients_is_made_anew():
+    site, call = memo(), Call(lambda: torch.ones(3))
+    with torch.no_grad():
+        first = ask(site, call)
+        ask(site, call)
+    first.requires_grad_()
+    second = ask(site, call)
+    assert not second.requires_grad and second is not first
+    assert call.computed == 3
+
+
+def test_what_goes_out_while_autograd_records_is_not_what_is_stored():
+    site, call = memo(), Call(lambda: torch.ones(3))
+    first, second = ask(site, call), ask(site, call)
+    first.requires_grad_().retain_grad()
+    assert not second.requires_grad and second.data_ptr() == first.data_ptr()
+    assert not ask(site, call).requires_grad and call.computed == 2
 
 
 def test_another_signature_is_checked_again():
@@ -96,7 +137,8 @@ def test_check_never_trusts_and_check_always_recomputes_each_hit():
     trusting, doubting = memo("never"), memo("always")
     for site, computed in ((trusting, 1), (doubting, 5)):
         call = Call(lambda: torch.ones(3))
-        results = [ask(site, call) for _ in range(5)]
+        with torch.no_grad():
+            results = [ask(site, call) for _ in range(5)]
         assert call.computed == computed
         assert all(result is results[0] for result in results)
         assert counts(site) == (4, 1, {})

@@ -15,6 +15,8 @@ import torch
 
 import dit_patch
 from dit_patch.rotary import rotary
+from dit_patch.spec import mini
+from dit_patch.spec.registry import Registry
 from dit_patch.upstream import (
     accelerate_internals,
     cache_dit_internals,
@@ -206,14 +208,87 @@ class TestTorch:
         with torch.autocast("cpu"):
             assert torch_internals.is_any_autocast_enabled()
 
-    def test_matmul_precision(self):
-        before = torch.get_float32_matmul_precision()
+    def test_numerics_switches(self):
+        before = torch.get_float32_matmul_precision(), torch_internals.numerics_switches()
         try:
-            for precision in ("medium", "highest"):
+            found = set()
+            for precision in ("medium", "high", "highest"):
                 torch.set_float32_matmul_precision(precision)
-                assert torch_internals.matmul_precision() == precision
+                found.add(torch_internals.numerics_switches())
+            assert len(found) == 3
+            with torch.backends.mkldnn.flags(enabled=False):
+                assert torch_internals.numerics_switches() not in found
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision(before[0])
+
+    @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has no fp32_precision")
+    def test_numerics_switches_by_the_names_that_torch_recommends(self):
+        before = torch_internals.numerics_switches()
+        old = torch.backends.mkldnn.matmul.fp32_precision
+        try:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            assert torch_internals.numerics_switches() != before
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = old
+        assert torch_internals.numerics_switches() == before
+
+    def test_module_call(self, monkeypatch):
+        before = torch_internals.module_call()
+        assert before == torch_internals.module_call()
+        monkeypatch.setattr(torch.nn.Module, "__call__", lambda module, x: x)
+        assert torch_internals.module_call() != before
+
+    def test_global_hooks(self):
+        called = []
+        hooks = [
+            torch.nn.modules.module.register_module_forward_hook(lambda *_: called.append("after")),
+            torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: called.append("before")),
+        ]
+        try:
+            assert [len(each) for each in torch_internals.global_hooks()] == [1, 1]
+            module()[0](torch.zeros(1, 4))
+            assert called == ["before", "after"]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert not any(torch_internals.global_hooks())
+
+    def test_move_pre_hook_to_end(self):
+        model, called = module(), []
+        first = model.register_forward_pre_hook(lambda *_: called.append("first"))
+        model.register_forward_pre_hook(lambda *_: called.append("second"))
+        torch_internals.move_pre_hook_to_end(model, first.id)
+        model(torch.zeros(1, 4))
+        assert called == ["second", "first"]
+
+    def test_is_forward_ad_active(self):
+        assert not torch_internals.is_forward_ad_active()
+        with torch.autograd.forward_ad.dual_level():
+            assert torch_internals.is_forward_ad_active()
+        assert not torch_internals.is_forward_ad_active()
+
+    def test_dispatch_modes(self):
+        class Mode(torch_internals.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                return function(*args, **(kwargs or {}))
+
+        assert torch_internals.dispatch_modes() == []
+        with Mode() as outer, Mode() as inner:
+            assert torch_internals.dispatch_modes() == [outer, inner]
+
+    def test_function_modes(self):
+        class Mode(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                return function(*args, **(kwargs or {}))
+
+        with torch.device("cpu"):
+            assert torch_internals.function_modes() == []
+            with Mode() as mode:
+                assert torch_internals.function_modes() == [mode]
+
+    def test_is_compiled_forward(self):
+        assert torch_internals.is_compiled_forward(torch.compile(module().forward))
+        assert not torch_internals.is_compiled_forward(module().forward)
 
     def test_are_algorithms_deterministic(self):
         try:
@@ -316,6 +391,37 @@ class TestAccelerate:
 
 
 class TestDiffusers:
+    def test_hooks(self):
+        from diffusers.hooks import HookRegistry, ModelHook
+
+        model, hook = module()[0], ModelHook()
+        assert diffusers_internals.hooks(model) == []
+        HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, "one")
+        assert diffusers_internals.hooks(model) == [hook]
+
+    def test_is_neutral(self):
+        from diffusers.hooks import (
+            FirstBlockCacheConfig,
+            apply_first_block_cache,
+            apply_layerwise_casting,
+            context_parallel,
+            group_offloading,
+            layerwise_casting,
+        )
+
+        model = module()
+        apply_layerwise_casting(model, torch.float16, torch.float32)
+        hooks = [hook for each in model.modules() for hook in diffusers_internals.hooks(each)]
+        assert hooks and all(map(diffusers_internals.is_neutral, hooks))
+        defined = {name for each in (context_parallel, group_offloading, layerwise_casting) for name in vars(each)}
+        assert defined >= diffusers_internals._NEUTRAL
+        registry = Registry()
+        spec = registry.get("diffusers/wan")
+        model = mini.build(spec, spec.mini.case())
+        apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.1))
+        hooks = [hook for each in model.modules() for hook in diffusers_internals.hooks(each)]
+        assert hooks and not any(map(diffusers_internals.is_neutral, hooks))
+
     @pytest.mark.parametrize("replacing", [False, True])
     def test_saved_forward(self, replacing):
         from diffusers.hooks import HookRegistry, ModelHook
@@ -480,6 +586,14 @@ class TestFastVideo:
     def fastvideo(self):
         return pytest.importorskip("fastvideo")
 
+    def test_is_hook(self):
+        from fastvideo.hooks.hooks import ModuleHookManager
+
+        model = module()[0]
+        assert not fastvideo_internals.is_hook(model.forward)
+        ModuleHookManager.get_from_or_default(model)
+        assert fastvideo_internals.is_hook(model.forward)
+
     def test_is_adapter(self):
         assert fastvideo_internals.is_adapter(vars(their_lora()))
         assert not fastvideo_internals.is_adapter(vars(module()[0]))
@@ -534,6 +648,18 @@ def their_lora() -> torch.nn.Module:
 
 
 class TestCacheDit:
+    def test_is_cached_forward(self):
+        cache_dit = pytest.importorskip("cache_dit")
+        spec = Registry().get("diffusers/wan")
+        model = mini.build(spec, spec.mini.case())
+        assert not cache_dit_internals.is_cached_forward(model.forward)
+        adapter = cache_dit.BlockAdapter(
+            transformer=model, blocks=model.blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_3
+        )
+        cache_dit.enable_cache(adapter)
+        assert cache_dit_internals.is_cached_forward(model.forward)
+        cache_dit.disable_cache(adapter)
+
     @pytest.fixture
     def manager(self):
         pytest.importorskip("cache_dit")

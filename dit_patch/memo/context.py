@@ -1,4 +1,4 @@
-"""What changes the result of a call without being an argument: autocast, default device, CUDA stream, tracing, modes."""
+"""What changes the result of a call without being an argument: autocast, default device, CUDA stream, modes."""
 
 from __future__ import annotations
 

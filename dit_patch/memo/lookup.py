@@ -2,8 +2,8 @@
 
 Knows how to answer one call given its key; where calls come from (a wrapped attribute, the tensor code between two
 submodules) is for others. The first time that results stored under one signature are asked for again, the call is
-computed once more and compared bit for bit: a site whose key is too coarse is switched off, not believed. Later hits are
-checked, too, at growing distances: the 8th, the 64th, the 512th.
+computed once more and compared bit for bit: a site whose key is too coarse is switched off, not believed. Later hits
+are checked, too, at growing distances: after the 8th, the 64th, the 512th.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Memo:
     Args:
         label: `WanTransformer3DModel: rope.forward (specs/diffusers/wan.yaml:6)`, for messages.
         budget: shared by all memos of a handle.
-        check: "first" recomputes and compares at the first hit of each new signature and at ever rarer ones, "always" at
-            each, "never" not.
+        check: "first" recomputes and compares at the first hit of each new signature and at ever rarer ones, "always"
+            at each, "never" not.
     """
 
     def __init__(self, label: str, budget: Budget, check: str = "first") -> None:

@@ -1,7 +1,7 @@
 """One look at the world per forward: everything that results of a model's sites depend on, as one number.
 
-What is not an argument and not a weight is compared with what was found at the last look, once for all sites: structure,
-hooks, attributes, classes, adapters, numerics. Any difference is another epoch, with other results. What cannot be
+What is not an argument and not a weight is compared with what was found at the last look, once for all sites:
+structure, hooks, attributes, classes, numerics. Any difference is another epoch, with other results. What cannot be
 compared, such as a hook, makes the sites that it concerns step aside, with the reason.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -44,23 +45,24 @@ class ModelGuards:
         root: the model.
         is_own_hook: tells hooks that do not count, since they are ours.
         foreign_forwards: returns what a call of a module's forward goes through besides its class's forward and hooks
-            that change nothing.
+            that change nothing. It is also told whether a layer is on the module itself, below all hooks.
     """
 
     def __init__(
         self,
         root: torch.nn.Module,
         is_own_hook: Callable[[Any], bool] = lambda hook: False,
-        foreign_forwards: Callable[[torch.nn.Module], Iterable[Any]] = lambda module: (),
+        foreign_forwards: Callable[[torch.nn.Module, bool], Iterable[Any]] = lambda module, is_own: (),
     ) -> None:
         self.root, self.is_own_hook, self.foreign_forwards = root, is_own_hook, foreign_forwards
         self.sites: list[SiteGuards] = []
         self.epoch = 0
         self._forward = type(root).forward
         self._checks: Sequence[Callable[[], bool]] = (bool,)  # which is False
-        self._settling: list[tuple[AttributeGuard, NamesGuard]] = []
-        #: Attributes that forwards set themselves, by their namespace's id; the namespace is kept, and so is the id.
-        self._ignored: dict[tuple[int, str], Mapping] = {}
+        self._settling: list[tuple[AttributeGuard, ContainerGuard, NamesGuard]] = []
+        #: What forwards set themselves: attributes by their namespace's id and name, containers by their id. The
+        #: objects are kept, and so are their ids.
+        self._ignored: dict[tuple[int, str], Any] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -85,10 +87,12 @@ class ModelGuards:
         That is found in the first forwards after a change; later ones set nothing else.
         """
         if self._settling:
-            attributes, names = self._settling.pop()
+            attributes, containers, names = self._settling.pop()
             names.accept()
             for space, name in attributes.ignore_changed():
                 self._ignored[id(space), name] = space
+            for container in containers.ignore_changed():
+                self._ignored[id(container), ""] = container
 
     def forget(self) -> None:
         """Let go of what was found; results before the next look are of another epoch."""
@@ -104,19 +108,20 @@ class ModelGuards:
             for site in self.sites:
                 world.add(site)
             attributes, names = AttributeGuard(world.holders), NamesGuard(world.spaces)
+            containers = ContainerGuard(world.found.containers)
             guards = [
                 HookGuard(world.hooks.values()),
                 names,
                 attributes,
                 MembersGuard([*world.groups, *world.families]),
-                ContainerGuard(world.found.containers),
+                containers,
                 CellGuard(world.found.cells),
                 ModuleGuard(world.families),
                 PlaceGuard(place for site in self.sites for place in site.places if place is not None),
                 ForwardGuard(self.root),
                 NumericsGuard(),
             ]
-            self._settling = [(attributes, names)] * _SETTLING
+            self._settling = [(attributes, containers, names)] * _SETTLING
             self._checks = tuple(guard.still_holds for guard in guards)
             self.epoch += 1
 
@@ -151,7 +156,12 @@ class _World:
         """Collect what one site depends on, and find out whether its results can be kept."""
         inside, between = site.inside(), [*site.between()]
         own = {*site.tops(), *site.modules}
-        forwards = [each for module in (*inside, *between, *site.ancestors) for each in self._forwards(module)]
+        below_hooks = () if site.ancestors else own
+        forwards = [
+            each
+            for module in (*inside, *between, *site.ancestors)
+            for each in self.guards.foreign_forwards(module, module in below_hooks)
+        ]
         known = len(self.found.modules)
         for module in (*inside, *between, *site.ancestors):
             if module is not self.guards.root or module in own:  # of the model, no more than how it is called
@@ -195,9 +205,6 @@ class _World:
         self.modules.setdefault(module)
         self.found.add_module(module)
 
-    def _forwards(self, module: torch.nn.Module) -> Iterable[Any]:
-        return self.guards.foreign_forwards(module)
-
     def _tensors(self, module: torch.nn.Module) -> list[tuple[dict, str]]:
         """Return the places of a module's plain attributes that are tensors."""
         space = vars(module)
@@ -226,7 +233,5 @@ class _World:
 
 
 def _can_be_compared(forward: Any) -> bool:
-    """Return whether all that a function depends on can be looked at: it is a method, or has no variables but its own."""
-    if getattr(forward, "__self__", None) is not None:
-        return True
-    return hasattr(forward, "__code__") and not forward.__closure__
+    """Return whether all that a function depends on can be looked at: it is a method, or has only its own variables."""
+    return isinstance(forward, MethodType) or (isinstance(forward, FunctionType) and not forward.__closure__)

@@ -12,11 +12,13 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import torch
+import wrapt
 
 from .guards import Holder
 
 _DEEPEST = 4  # steps from a module
-_LEAVES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None), BuiltinFunctionType)
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_LEAVES = (*_SCALARS, torch.dtype, torch.device, torch.Size, torch.Tensor, BuiltinFunctionType, ModuleType)
 _METHODS = (FunctionType, staticmethod, classmethod, property)
 _ROOTS = (object, torch.nn.Module)  # classes of which nothing is looked at
 
@@ -48,9 +50,11 @@ class Reachable:
 
     def add(self, value: Any, depth: int = 0) -> None:
         """Add whatever a value holds or calls."""
-        if depth > _DEEPEST or isinstance(value, (*_LEAVES, ModuleType, torch.Tensor)) or not self._is_new(value):
+        if depth > _DEEPEST or isinstance(value, _LEAVES) or not self._is_new(value):
             return
-        if isinstance(value, torch.nn.Module):
+        if issubclass(type(value), wrapt.ObjectProxy):
+            self.add(value.__wrapped__, depth)
+        elif isinstance(value, torch.nn.Module):
             if value not in self._tree:
                 self.modules.append(value)
         elif isinstance(value, MethodType):
@@ -62,7 +66,7 @@ class Reachable:
             for part in (value.func, *value.args, *value.keywords.values()):
                 self.add(part, depth)
         elif isinstance(value, (list, tuple, dict, set)):
-            if not isinstance(value, tuple):
+            if not isinstance(value, tuple) and (id(value), "") not in self._ignored:
                 self.containers.append(value)
             for item in value.values() if isinstance(value, dict) else value:
                 self.add(item, depth + 1)
@@ -83,7 +87,8 @@ class Reachable:
         names = [name for name in names if not isinstance(values[name], torch.Tensor)]
         self.holders.append(Holder(values, tuple(names)))
         for name in names:
-            self.add(values[name], depth + 1)
+            if name != "forward":  # whoever replaced it is looked at apart
+                self.add(values[name], depth + 1)
 
     def _add_class(self, cls: type, depth: int) -> None:
         for base in cls.__mro__:
@@ -98,7 +103,7 @@ class Reachable:
                         self._add_function(getattr(each, "__func__", each), depth)
 
     def _add_function(self, function: Any, depth: int) -> None:
-        """Add the globals that a function names, what its cells hold, and the functions of its library that it calls."""
+        """Add globals that a function names, what its cells hold, and the functions of its library that it calls."""
         if not isinstance(function, FunctionType) or _is_torch(function.__module__):
             return
         cells = [cell for cell in function.__closure__ or () if _is_filled(cell)]

@@ -1,7 +1,7 @@
 """What the results of one site depend on besides arguments: which modules, and the weights in them.
 
-The rest of the world is compared once a forward, by `model_guards`. Weights and adapters are compared at each call, since
-they may change within a forward: under offload, and where a model scales its adapters by an argument.
+The rest of the world is compared once a forward, by `model_guards`. Weights and adapters are compared at each call,
+since they may change within a forward: under offload, and where a model scales its adapters by an argument.
 """
 
 from __future__ import annotations
@@ -140,14 +140,14 @@ class WeightGuards:
             self._still_hold = bool if self._refusal else self._guard(named)
 
     def _guard(self, named: Sequence[Named]) -> Callable[[], bool]:
-        tensors, adapters = TensorGuard(named).still_holds, AdapterGuard(map(vars, self._modules()))
+        tensors, adapters = TensorGuard(named).still_holds, AdapterGuard(map(vars, self._all_modules()))
         return (lambda: tensors() and adapters.still_holds()) if adapters else tensors
 
-    def _modules(self) -> list[torch.nn.Module]:
+    def _all_modules(self) -> list[torch.nn.Module]:
         return [*self.site.inside(), *self.others]
 
     def _named(self) -> list[Named]:
-        groups = [read(module) for module in self._modules() for read in (parameters, buffers)]
+        groups = [read(module) for module in self._all_modules() for read in (parameters, buffers)]
         named = [(group, name, tensor) for group in groups for name, tensor in group.items()]
         named += [(group, name, group.get(name)) for group, name in (*self.site.parameters, *self.attributes)]
         return [each for each in named if isinstance(each[-1], torch.Tensor)]

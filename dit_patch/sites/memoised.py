@@ -62,7 +62,7 @@ class MemoisedSite(AttributePatch):
 
 
 def _make_call(site: MemoisedSite, binding: Binding) -> Callable[[Callable, Any, tuple, dict], Any]:
-    """Return the function that answers a site's calls: one, with all that it needs at hand, for the sake of its speed."""
+    """Return the function that answers a site's calls, with all that it needs at hand for the sake of its speed."""
     model, memo, overrides = site.model, site.memo, site.overrides
     guards, weights, look = site.guards, site.guards.weights, binding.guards.look
     may_be_captured, is_global = site.may_be_captured, site.attribute.is_global

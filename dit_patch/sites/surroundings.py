@@ -51,20 +51,22 @@ def site_guards(attribute: Attribute, model: torch.nn.Module, blocks: Collection
     )
 
 
-def foreign_forwards(module: torch.nn.Module) -> list[Any]:
+def foreign_forwards(module: torch.nn.Module, is_own: bool) -> list[Any]:
     """Return what a call of the module's forward goes through besides its class's forward, layers of ours and hooks.
 
-    Hooks of accelerate, diffusers, FastVideo and cache-dit do not count where they only move, cast or shorten.
+    Hooks of accelerate, diffusers, FastVideo and cache-dit do not count where they only move, cast or shorten; none
+    counts on a site's own module, as the layer is below them.
     """
     if "forward" not in vars(module):
         return []
-    found = [hook for hook in diffusers_internals.hooks(module) if not diffusers_internals.is_neutral(hook)]
+    hooks = [] if is_own else diffusers_internals.hooks(module)
+    found = [hook for hook in hooks if not diffusers_internals.is_neutral(hook)]
     value = None
     for holder, name in layers.slots(module, "forward"):
         value = vars(holder).get(name)
         while type(value) is layers.Wrapped:
             value = value.__wrapped__
-    is_own = value is None or (isinstance(value, MethodType) and value.__self__ is module)
+    is_own = value is None or value == MethodType(type(module).forward, module)
     is_neutral = (fastvideo_internals.is_hook, cache_dit_internals.is_cached_forward, is_compiled_forward)
     if not is_own and not any(known(value) for known in is_neutral):
         found.append(value)

@@ -203,7 +203,7 @@ def module_call() -> tuple:
 
 
 def global_hooks() -> tuple[dict, dict]:
-    """Return the forward hooks and pre-hooks of all modules, by number: torch registers them, and lists them nowhere."""
+    """Return the forward hooks and pre-hooks of all modules, by number; torch lists them nowhere in public."""
     return _modules._global_forward_hooks, _modules._global_forward_pre_hooks
 
 
