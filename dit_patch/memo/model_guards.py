@@ -162,13 +162,12 @@ class _World:
             for module in (*inside, *between, *site.ancestors)
             for each in self.guards.foreign_forwards(module, module in below_hooks)
         ]
-        known = len(self.found.modules)
         for module in (*inside, *between, *site.ancestors):
             if module is not self.guards.root or module in own:  # of the model, no more than how it is called
                 self._add_module(module)
         for each in (*site.functions, *forwards):
             self.found.add(each)
-        outside = [each for module in self.found.modules[known:] for each in module.modules()]
+        outside = self._outside(inside, (*site.functions, *forwards))
         for module in outside:
             self._add_module(module)
         site.weights.look_again()
@@ -200,6 +199,15 @@ class _World:
         if any(module.training for module in site.modules) and site.weights.are_parameters:
             return TRAINING
         return None
+
+    def _outside(self, inside: Iterable[torch.nn.Module], functions: Iterable[Any]) -> list[torch.nn.Module]:
+        """Return the modules that are not in the model, but that these modules and functions call."""
+        found = Reachable(self.found.tree, self.guards.ignored)
+        for module in inside:
+            found.add_module(module)
+        for each in functions:
+            found.add(each)
+        return list(dict.fromkeys(each for module in found.modules for each in module.modules()))
 
     def _add_module(self, module: torch.nn.Module) -> None:
         self.modules.setdefault(module)

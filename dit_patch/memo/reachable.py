@@ -36,7 +36,7 @@ class Reachable:
         self.containers: list[Any] = []
         self.cells: list[Any] = []
         self.modules: list[torch.nn.Module] = []
-        self._tree, self._ignored = tree, ignored
+        self.tree, self._ignored = tree, ignored
         self._seen: dict[int, Any] = {}  # the objects themselves, so that no id is given twice
 
     def __repr__(self) -> str:
@@ -55,7 +55,7 @@ class Reachable:
         if issubclass(type(value), wrapt.ObjectProxy):
             self.add(value.__wrapped__, depth)
         elif isinstance(value, torch.nn.Module):
-            if value not in self._tree:
+            if value not in self.tree:
                 self.modules.append(value)
         elif isinstance(value, MethodType):
             self.add(value.__self__, depth)

@@ -6,7 +6,9 @@ made or results computed; it only notices when a stored tensor has been written 
 
 from __future__ import annotations
 
+import heapq
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from ..upstream.torch_internals import tensor_version
 from .results import copier, map_tensors
 
+MOST = 4096  # entries of a site: more than any schedule has steps and passes
+_SHARE = 4  # entries that are looked at for each one that comes
 LAST = 4  # forwards whose results are not given up: the passes of a step, with some to spare
 
 
@@ -26,7 +30,7 @@ class Entry:
     cannot be hit any more.
     """
 
-    __slots__ = ("_copy", "alive", "cache", "checked", "key", "nbytes", "tensors", "touched", "value")
+    __slots__ = ("_copy", "alive", "cache", "checked", "key", "nbytes", "tensors", "touched", "value", "__weakref__")
 
     def __init__(self, value: Any, tensors: list[torch.Tensor], nbytes: int, alive: list[Callable[[], bool]]) -> None:
         self.value, self.nbytes, self.alive = value, nbytes, alive
@@ -75,6 +79,8 @@ class Budget:
         self.lock = threading.RLock()
         self.clock = 0
         self.entries: set[Entry] = set()
+        #: A heap of the entries by when each was last touched, as far as that is known; it keeps none alive.
+        self._oldest: list[tuple[int, int, weakref.ref[Entry]]] = []
         self._begun = deque([0] * LAST, maxlen=LAST)  # the clock at the beginning of each of the last forwards
 
     def __repr__(self) -> str:
@@ -89,21 +95,49 @@ class Budget:
 
     def add(self, entry: Entry) -> bool:
         """Take the entry in, if there is room beside what is in use."""
-        excess = self.used + entry.nbytes - self.max_bytes
-        if excess > 0:
-            idle = sorted((old for old in self.entries if old.touched <= self._begun[0]), key=lambda old: old.touched)
-            if sum(old.nbytes for old in idle) < excess:
-                return False
-            for old in idle:
-                old.cache.drop(old)
-                old.cache.evictions += 1
-                excess -= old.nbytes
-                if excess <= 0:
-                    break
+        idle = self._idle(self.used + entry.nbytes - self.max_bytes)
+        if idle is None:
+            return False
+        for old in idle:
+            old.cache.drop(old)
+            old.cache.evictions += 1
         self.entries.add(entry)
         self.used += entry.nbytes
         self.clock = entry.touched = self.clock + 1
+        self._push(entry)
         return True
+
+    def is_idle(self, entry: Entry) -> bool:
+        """Return whether none of the last forwards used the entry."""
+        return entry.touched <= self._begun[0]
+
+    def _idle(self, excess: int) -> list[Entry] | None:
+        """Return entries to give up for that many bytes, longest unused first; None if too few are idle."""
+        found: list[Entry] = []
+        while excess > 0 and self._oldest:
+            touched, _, reference = heapq.heappop(self._oldest)
+            old = reference()
+            if old not in self.entries:
+                continue
+            if old.touched != touched:
+                self._push(old)
+            elif self.is_idle(old):
+                found.append(old)
+                excess -= old.nbytes
+            else:
+                self._push(old)
+                break
+        if excess > 0:
+            for old in found:
+                self._push(old)
+            return None
+        return found
+
+    def _push(self, entry: Entry) -> None:
+        if len(self._oldest) > 2 * len(self.entries) + MOST:
+            self._oldest = [(each.touched, id(each), weakref.ref(each)) for each in self.entries if each is not entry]
+            heapq.heapify(self._oldest)
+        heapq.heappush(self._oldest, (entry.touched, id(entry), weakref.ref(entry)))
 
     def discard(self, entry: Entry) -> None:
         if entry in self.entries:
@@ -120,6 +154,7 @@ class Cache:
         self.hits = 0
         self.misses = 0
         self.evictions = 0
+        self._round: deque[Entry] = deque()  # in the order in which they are looked at
 
     def __repr__(self) -> str:
         return f"<Cache: {len(self.entries)} entries, {self.hits} hits, {self.misses} misses>"
@@ -141,9 +176,7 @@ class Cache:
     def put(self, key: Hashable, entry: Entry) -> bool:
         """Keep the entry, if there is room."""
         with self.budget.lock:
-            for old in list(self.entries.values()):  # oldest first: what depends on another comes after it
-                if not all(alive() for alive in old.alive):
-                    self.drop(old)
+            self._sweep()
             old = self.entries.get(key)
             if old is not None:
                 self.drop(old)
@@ -151,7 +184,23 @@ class Cache:
                 return False
             entry.cache, entry.key = self, key
             self.entries[key] = entry
+            self._round.append(entry)
             return True
+
+    def _sweep(self) -> None:
+        """Look at a few entries in turn, and drop what can never be asked for again, or is one too many and idle.
+
+        More are looked at than one put adds, so that all have their turn in time, and a miss costs the same at any size.
+        """
+        for _ in range(min(_SHARE, len(self._round))):
+            old = self._round.popleft()
+            if self.entries.get(old.key) is not old:
+                continue
+            too_many = len(self.entries) >= MOST and self.budget.is_idle(old)
+            if too_many or not all(alive() for alive in old.alive):
+                self.drop(old)
+            else:
+                self._round.append(old)
 
     def drop(self, entry: Entry) -> None:
         with self.budget.lock:
@@ -163,6 +212,7 @@ class Cache:
         with self.budget.lock:
             for entry in list(self.entries.values()):
                 self.drop(entry)
+            self._round.clear()
 
     @property
     def nbytes(self) -> int:

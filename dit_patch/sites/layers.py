@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import operator
 import threading
 import weakref
@@ -36,9 +37,9 @@ class Wrapped(wrapt.FunctionWrapper):
         super().__init__(wrapped, wrapper)
         #: Whether the owner held the attribute itself, rather than inheriting it from its class.
         self._self_own = own
+        self._self_home: tuple[Any, str] | None = None
         # All that a call needs in one attribute, since reading one through wrapt's proxy takes its time; None: asleep.
         self._self_call: Callable | None = functools.partial(wrapper, wrapped, None)
-        self._self_home: tuple[Any, str] | None = None
         self._self_installer: Any = None
 
     @property
@@ -86,8 +87,20 @@ def install(owner: Any, name: str, wrapper: Callable, installer: Any = None) -> 
         own = holder is not owner or attribute in vars(holder)
         wrapped = Wrapped(getattr(holder, attribute), wrapper, own=own)
         wrapped._self_home, wrapped._self_installer = (owner, name), installer
+        if not own:
+            wrapped._self_call = functools.partial(wrapper, _inherited(owner, name), None)
         setattr(holder, attribute, wrapped)
         return wrapped
+
+
+def _inherited(owner: Any, name: str) -> Callable:
+    """Return what calls the attribute that the owner's class has by then: it may be given another one later."""
+    cls = type(owner)
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        return inspect.getattr_static(cls, name).__get__(owner, cls)(*args, **kwargs)
+
+    return original
 
 
 def innermost(owner: Any, name: str) -> Callable:
