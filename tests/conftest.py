@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from dit_patch.contribute import verify
 from dit_patch.handle import Handle, apply
+from dit_patch.memo import lookup
 from dit_patch.sites import resolve
 from dit_patch.sites.layers import Wrapped
 from dit_patch.spec import mini
@@ -177,3 +178,9 @@ def diffusers_attention_backend_is_put_back():
         registry._active_backend = before
     elif registry is not None and hasattr(module, "DIFFUSERS_ATTN_BACKEND"):
         registry._active_backend = module.AttentionBackendName(module.DIFFUSERS_ATTN_BACKEND)
+
+
+@pytest.fixture
+def first_checks_only(monkeypatch):
+    """No hit is computed again but the first of its signature, so that calls and copies can be counted."""
+    monkeypatch.setattr(lookup, "FURTHER", 1 << 40)

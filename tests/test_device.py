@@ -30,6 +30,7 @@ from dit_patch.memo.lookup import Memo
 from dit_patch.spec.registry import Registry
 
 pytestmark = [
+    pytest.mark.usefixtures("first_checks_only"),
     pytest.mark.spread("name"),
     pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python"),
 ]

@@ -262,7 +262,7 @@ class Removal(RuleBasedStateMachine):
         for name in ours.keys() - {"forward", "_diffusers_hook"}:
             assert not isinstance(ours[name], layers.Wrapped)
         seen = []
-        for holder, attribute in layers._slots(self.patched.module, "forward"):
+        for holder, attribute in layers.slots(self.patched.module, "forward"):
             value = vars(holder).get(attribute)
             seen.append(type(value))
         assert layers.Wrapped not in seen

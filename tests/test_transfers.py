@@ -9,7 +9,10 @@ import pytest
 from simulated_accelerator import SUPPORTED
 
 pytest.importorskip("fastvideo")
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python")
+pytestmark = [
+    pytest.mark.usefixtures("first_checks_only"),
+    pytest.mark.skipif(not SUPPORTED, reason="this torch has no device types written in Python"),
+]
 
 # Of the minis, but Matrix-Game 2 at real depth: copies to the device and syncs, unpatched.
 BEFORE = {

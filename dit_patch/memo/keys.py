@@ -195,6 +195,8 @@ class Plan:
             if name.startswith("model.")
         )
         self.facets = facets
+        # Of a tensor whose shape does not count, no values can.
+        self._passes_values = bool(self.borrowed) and any("shape" in chosen for chosen in facets.values())
         # By far the most frequent call: one tensor of which one thing counts.
         self._lone = self.positional[0].only if self.positional and not self.borrowed else None
 
@@ -213,7 +215,9 @@ class Plan:
             if frame.refusal is not None:
                 raise Uncacheable(frame.refusal)
             if torch.is_grad_enabled():
-                self._refuse_autograd(args, kwargs)
+                for value in (*args, *kwargs.values()) if self._passes_values else ():
+                    if isinstance(value, torch.Tensor):
+                        refuse_autograd(value)  # the model's arguments stand for its values, not for its history
         for argument in self.borrowed:
             parts.append(argument.part(frame.argument(argument.name), dependencies))
         for name, value in kwargs.items():
@@ -222,10 +226,3 @@ class Plan:
                 argument = self.named[name] = Argument(name, self.facets.get(name, self.default), self.label)
             parts.append((name, argument.part(value, dependencies)))
         return parts
-
-    @staticmethod
-    def _refuse_autograd(args: tuple, kwargs: dict) -> None:
-        """Refuse tensors with a history: the model's arguments stand for their values, but not for that."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                refuse_autograd(value)

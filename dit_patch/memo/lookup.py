@@ -23,7 +23,7 @@ from .results import map_tensors, same, tensors_in
 from .store import Budget, Cache, Entry
 
 CHECKS = ("first", "always", "never")
-_FURTHER = 8  # how much rarer each further check of a hit is
+FURTHER = 8  # how much rarer each further check of a hit is
 FULL = "no room beside what the last forwards used; a larger max_bytes would keep it"
 
 
@@ -64,7 +64,7 @@ class Memo:
         self.seconds = float("inf")  # the fastest computation of a result so far
         self._checked: set[Hashable] = set()
         #: The number of hits at which one is computed again.
-        self._next_check = float("inf") if check == "never" else _FURTHER
+        self._next_check = float("inf") if check == "never" else FURTHER
 
     def get(self, key: Hashable) -> Entry | None:
         """Return the entry under `key`, counted as a hit, if it may be handed out; None if `recall` must decide."""
@@ -99,7 +99,7 @@ class Memo:
         if entry.is_modified():
             return self._give_up(FindingKind.WRITTEN_INTO, call.compute())
         if self.cache.hits >= self._next_check:
-            self._next_check *= _FURTHER
+            self._next_check *= FURTHER
             entry.checked = False
         if not entry.checked or self._always:
             fresh = self.time(call.compute)

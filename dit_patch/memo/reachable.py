@@ -111,8 +111,7 @@ class Reachable:
         for cell in cells:
             self.add(cell.cell_contents, depth + 1)
         space = function.__globals__
-        names = [name for name in dict.fromkeys(_names(function.__code__)) if name in space]
-        names = [name for name in names if not isinstance(space[name], (ModuleType, torch.Tensor))]
+        names = [name for name in dict.fromkeys(_names(function.__code__)) if _is_constant(name, space.get(name))]
         if names:
             self.holders.append(Holder(space, tuple(names), is_whole=False))
         for name in names:
@@ -125,6 +124,12 @@ def _names(code: CodeType) -> Iterator[str]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from _names(each)
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    """Return whether a global is one that programs do not change as they run: a function, a class, a CONSTANT."""
+    is_code = isinstance(value, (FunctionType, type)) or issubclass(type(value), wrapt.ObjectProxy)
+    return is_code or (name.isupper() and value is not None and isinstance(value, _SCALARS))
 
 
 def _is_filled(cell: Any) -> bool:

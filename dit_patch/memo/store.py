@@ -190,7 +190,7 @@ class Cache:
     def _sweep(self) -> None:
         """Look at a few entries in turn, and drop what can never be asked for again, or is one too many and idle.
 
-        More are looked at than one put adds, so that all have their turn in time, and a miss costs the same at any size.
+        More are looked at than one put adds, so that all have their turn, and a miss costs the same at any size.
         """
         for _ in range(min(_SHARE, len(self._round))):
             old = self._round.popleft()

@@ -19,6 +19,7 @@ from ...memo.store import Budget
 from ...sites import scope
 from ...sites.binding import Attribute, Binding
 from ...sites.memoised import MemoisedSite
+from ...sites.surroundings import model_guards
 from ...spec.address import Address
 from ...spec.fingerprint import fingerprint
 from ...spec.model import Site, Spec
@@ -107,7 +108,9 @@ def _site(model: torch.nn.Module, path: str, lists: Sequence[str]) -> MemoisedSi
     if any(f"{path}.".startswith(f"{each}.") for each in lists) or type(module).__module__ in _TRIVIAL:
         return None
     site = Site(at=f"{path}.forward", kind="context")
-    binding = Binding(model, scope.parameters(model), takes_any=True, budget=Budget(1), check="never")
+    binding = Binding(
+        model, scope.parameters(model), takes_any=True, budget=Budget(1), check="never", guards=model_guards(model)
+    )
     try:
         return MemoisedSite(binding, Attribute(site, path, module, "forward"))
     except (SiteError, ValueError):
