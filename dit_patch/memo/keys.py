@@ -195,8 +195,6 @@ class Plan:
             if name.startswith("model.")
         )
         self.facets = facets
-        # Of a tensor whose shape does not count, no values can.
-        self._passes_values = bool(self.borrowed) and any("shape" in chosen for chosen in facets.values())
         # By far the most frequent call: one tensor of which one thing counts.
         self._lone = self.positional[0].only if self.positional and not self.borrowed else None
 
@@ -215,9 +213,7 @@ class Plan:
             if frame.refusal is not None:
                 raise Uncacheable(frame.refusal)
             if torch.is_grad_enabled():
-                for value in (*args, *kwargs.values()) if self._passes_values else ():
-                    if isinstance(value, torch.Tensor):
-                        refuse_autograd(value)  # the model's arguments stand for its values, not for its history
+                self._refuse_autograd(args, kwargs)
         for argument in self.borrowed:
             parts.append(argument.part(frame.argument(argument.name), dependencies))
         for name, value in kwargs.items():
@@ -226,3 +222,13 @@ class Plan:
                 argument = self.named[name] = Argument(name, self.facets.get(name, self.default), self.label)
             parts.append((name, argument.part(value, dependencies)))
         return parts
+
+    def _refuse_autograd(self, args: tuple, kwargs: dict) -> None:
+        """Refuse tensors with a history, where the model's arguments stand for their values.
+
+        Of a tensor whose shape does not count, no values can.
+        """
+        named = [*zip(self.named, args), *kwargs.items()]
+        for name, value in named:
+            if isinstance(value, torch.Tensor) and "shape" in self.facets.get(name, self.default or ()):
+                refuse_autograd(value)

@@ -39,7 +39,7 @@ def site_guards(attribute: Attribute, model: torch.nn.Module, blocks: Collection
     if any(name.startswith("model.") for name in attribute.site.key):
         ancestors, path = _ancestors(model, owner) if is_module else ([model], "")
         if not any(f"{path}.".startswith(f"{each}.") for each in blocks):
-            between = partial(_between, ancestors[-1], owner, [model.get_submodule(each) for each in blocks])
+            between = partial(_between, ancestors[-1], owner, is_model=ancestors[-1] is model)
     return SiteGuards(
         modules,
         model,
@@ -87,10 +87,9 @@ def _ancestors(model: torch.nn.Module, owner: torch.nn.Module) -> tuple[list[tor
     return found, path
 
 
-def _between(
-    parent: torch.nn.Module, owner: torch.nn.Module, blocks: Collection[torch.nn.Module]
-) -> Iterator[torch.nn.Module]:
-    """Yield what is beside the owner in its parent, without the model's block lists."""
+def _between(parent: torch.nn.Module, owner: torch.nn.Module, is_model: bool) -> Iterator[torch.nn.Module]:
+    """Yield what is beside the owner in its parent; of a model, without its lists of blocks, which come later."""
     for child in children(parent).values():
-        if child is not None and child is not owner and not any(child is each for each in blocks):
+        is_blocks = is_model and isinstance(child, torch.nn.ModuleList)
+        if child is not None and child is not owner and not is_blocks:
             yield from child.modules()
