@@ -11,7 +11,7 @@ address cannot be reused while the entry exists, and no memory is kept that the 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -119,32 +119,38 @@ _FACETS: dict[str, Callable[[torch.Tensor], Hashable]] = {
 _READ = {**_FACETS, "stride": torch.Tensor.stride}
 
 
+def _reader(facets: Sequence[str]) -> Callable[[torch.Tensor], Hashable]:
+    """Return what reads these facets of a tensor; of one facet without a tuple around it."""
+    if tuple(facets) == ("shape", "dtype", "device"):
+        return lambda tensor: (tensor.shape, tensor.dtype, tensor.device)
+    reads = [_READ[facet] for facet in facets]
+    return reads[0] if len(reads) == 1 else lambda tensor: tuple([read(tensor) for read in reads])
+
+
 class Argument:
     """How one argument enters the key: by its facets where it is a tensor, by its value where it is not."""
 
-    __slots__ = ("facets", "name", "only", "label")
+    __slots__ = ("facets", "label", "name", "read")
 
     def __init__(self, name: str, facets: Iterable[str] | None, label: str) -> None:
         self.name, self.label = name, label
-        self.facets = None if facets is None else tuple((facet, _READ[facet]) for facet in facets)
-        self.only = self.facets[0][1] if self.facets and len(self.facets) == 1 else None
+        self.facets = None if facets is None else tuple(facets)
+        self.read = None if facets is None else _reader(self.facets)
 
     def __repr__(self) -> str:
-        return f"<Argument {self.name}: {[name for name, _ in self.facets or ()]}>"
+        return f"<Argument {self.name}: {list(self.facets or ())}>"
 
     def part(self, value: Any, dependencies: Dependencies | None) -> Hashable:
         kind = type(value)
         if kind in PLAIN:
-            if self.facets is None:
+            if self.read is None:
                 raise SiteError(
                     f"{self.label}: `{self.name}` is a tensor, and `key` does not say what of it counts.\n"
                     f"    Add `{self.name}: [...]` with one or more of {', '.join(_FACETS)}."
                 )
-            if dependencies is not None and any(facet == "identity" for facet, _ in self.facets):
+            if dependencies is not None and "identity" in self.facets:
                 dependencies.follow(value)
-            if self.only is not None:
-                return self.only(value)
-            return tuple([read(value) for _, read in self.facets])
+            return self.read(value)
         if value is None:
             return None
         if kind in _SCALARS:
@@ -196,7 +202,7 @@ class Plan:
         )
         self.facets = facets
         # By far the most frequent call: one tensor of which one thing counts.
-        self._lone = self.positional[0].only if self.positional and not self.borrowed else None
+        self._lone = self.positional[0].read if self.positional and not self.borrowed else None
 
     def __repr__(self) -> str:
         return f"<Plan of {self.label}: {list(self.named)}>"

@@ -76,7 +76,10 @@ class Memo:
             # upstream.torch_internals.tensor_version, without its call
             if tensor._version != version or tensor.requires_grad:
                 return None
-        cache.hit(entry)
+        # Cache.hit, without its call
+        cache.hits += 1
+        budget = cache.budget
+        budget.clock = entry.touched = budget.clock + 1
         return entry
 
     def get_in_capture(self, key: Hashable) -> Entry | None:

@@ -86,14 +86,17 @@ class WeightGuards:
         #: Plain attributes that are tensors: the namespace of each, and its name there.
         self.attributes: Sequence[tuple[dict, str]] = ()
         self._lock = threading.Lock()
-        self._epoch = 0
-        self._refusal: str | None = None
-        self._still_hold: Callable[[], bool] = bool  # which is False
+        #: A number that changes whenever a weight does, once `look` was called where `still_hold` says no.
+        self.number = 0
+        #: Why nothing can be kept.
+        self.refusal: str | None = None
+        #: Tells whether no weight has changed.
+        self.still_hold: Callable[[], bool] = bool  # which is False
         #: Where the tensors were at the last look.
         self._places: Sequence[tuple[dict, str]] = ()
 
     def __repr__(self) -> str:
-        return f"<WeightGuards of {self.site!r}: epoch {self._epoch}>"
+        return f"<WeightGuards of {self.site!r}: number {self.number}>"
 
     def epoch(self) -> int:
         """Return a number that changes whenever a weight does.
@@ -101,16 +104,20 @@ class WeightGuards:
         Raises:
             Uncacheable: weights are on the meta device, sharded, recorded by autograd, or cannot be followed.
         """
-        if not self._still_hold():
-            self._look()
-        if self._refusal is not None:
-            raise Uncacheable(self._refusal)
+        if not self.still_hold():
+            self.look()
+        if self.refusal is not None:
+            raise Uncacheable(self.refusal)
         if torch.is_grad_enabled():
-            for group, name in self._places:
-                if group[name].requires_grad:
-                    self.look_again()  # an optimizer may come next, and a fused one leaves no version behind
-                    raise Uncacheable("autograd is recording")
-        return self._epoch
+            self.refuse_autograd()
+        return self.number
+
+    def refuse_autograd(self) -> None:
+        """Raise Uncacheable where a weight takes part in autograd."""
+        for group, name in self._places:
+            if group[name].requires_grad:
+                self.look_again()  # an optimizer may come next, and a fused one leaves no version behind
+                raise Uncacheable("autograd is recording")
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the weights and buffers that count."""
@@ -125,19 +132,20 @@ class WeightGuards:
         """Let go of what was found; results before the next look are of another epoch."""
         with self._lock:
             self.others, self.attributes, self._places = (), (), ()
-            self._still_hold = bool
+            self.still_hold = bool
 
     def look_again(self) -> None:
         """Have results before the next call be of another epoch."""
-        self._still_hold = bool
+        self.still_hold = bool
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Find the weights anew; results before are of another epoch."""
         with self._lock:
             named = self._named()
             self._places = [(group, name) for group, name, _ in named]
-            self._refusal = _why_not(named)
-            self._epoch += 1
-            self._still_hold = bool if self._refusal else self._guard(named)
+            self.refusal = _why_not(named)
+            self.number += 1
+            self.still_hold = bool if self.refusal else self._guard(named)
 
     def _guard(self, named: Sequence[Named]) -> Callable[[], bool]:
         tensors, adapters = TensorGuard(named).still_holds, AdapterGuard(map(vars, self._all_modules()))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import operator
 import threading
 import weakref
@@ -98,7 +97,8 @@ def _inherited(owner: Any, name: str) -> Callable:
     cls = type(owner)
 
     def original(*args: Any, **kwargs: Any) -> Any:
-        return inspect.getattr_static(cls, name).__get__(owner, cls)(*args, **kwargs)
+        found = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+        return found.__get__(owner, cls)(*args, **kwargs)
 
     return original
 

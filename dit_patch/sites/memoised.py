@@ -68,27 +68,12 @@ def _make_call(site: MemoisedSite, binding: Binding) -> Callable[[Callable, Any,
     may_be_captured, is_global = site.may_be_captured, site.attribute.is_global
     parts, borrows = site.plan.parts, bool(site.plan.borrowed)
     values, output = tuple(site.attribute.values), site.output
-    follows_model = output.follows_model
+    follows_model, is_grad_enabled = output.follows_model, torch.is_grad_enabled
     current, cache = scope.current, memo.cache
-    state = (0, 0)
-
-    def key_of(context: Hashable, epoch: int, ordinal: int, args: tuple, kwargs: dict, frame: Frame | None) -> Hashable:
-        nonlocal state
-        now = epoch, weights.epoch()
-        if now != state:
-            cache.clear()  # it cannot be asked for any more
-            state = now
-        if borrows and frame is None:
-            raise Uncacheable("called outside the model's forward")
-        found = parts(args, kwargs, frame)
-        if follows_model:
-            found.append(output.device(frame))
-        if values:
-            found += [read() for read in values]
-        # What a call borrows from the model's forward does not tell two calls within one forward apart.
-        return (now, context, ordinal, *found) if borrows else (now, context, *found)
+    known_epoch = known_number = 0
 
     def call(original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        nonlocal known_epoch, known_number
         frame = current()
         if frame is not None and frame.model is model:
             ordinal = frame.calls.get(site, 0)
@@ -107,7 +92,19 @@ def _make_call(site: MemoisedSite, binding: Binding) -> Callable[[Callable, Any,
             return original(*args, **kwargs)
         try:
             context = context_key(may_be_captured)
-            key = key_of(context, epoch, ordinal, args, kwargs, frame)
+            number = weights.number if weights.still_hold() and not is_grad_enabled() else weights.epoch()
+            if epoch != known_epoch or number != known_number:
+                cache.clear()  # it cannot be asked for any more
+                known_epoch, known_number = epoch, number
+            if borrows and frame is None:
+                raise Uncacheable("called outside the model's forward")
+            found = parts(args, kwargs, frame)
+            if follows_model:
+                found.append(output.device(frame))
+            if values:
+                found += [read() for read in values]
+            # What a call borrows from the model's forward does not tell two calls within one forward apart.
+            key = (epoch, number, context, ordinal if borrows else 0, *found)
         except Uncacheable as reason:
             memo.bypass(str(reason))
             return original(*args, **kwargs)
