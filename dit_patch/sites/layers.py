@@ -103,6 +103,14 @@ def _inherited(owner: Any, name: str) -> Callable:
     return original
 
 
+def layers_on(owner: Any, name: str) -> Iterator[Wrapped]:
+    """Yield our layers on an attribute, as far as no other library's wrapper is around them; outermost first."""
+    value = vars(owner).get(name)
+    while type(value) is Wrapped:
+        yield value
+        value = value.__wrapped__
+
+
 def innermost(owner: Any, name: str) -> Callable:
     """Return what `install` would wrap: the attribute, or what a hook of accelerate or diffusers calls in its place."""
     return getattr(*_innermost(owner, name))
@@ -151,52 +159,14 @@ class Placement:
         return self.layer is None or remove(self.layer)
 
 
-class GlobalPlacement(Placement):
-    """Does so on a global, which outlives the models: it holds the wrapper weakly, and goes when that is freed."""
-
-    def __init__(self, owner: Any, name: str, wrapper: Callable) -> None:
-        super().__init__(owner, name, _WeakWrapper(wrapper))
-        self._finalizer: weakref.finalize | None = None
-
-    def install(self) -> None:
-        super().install()
-        self._finalizer = remove_when_freed(self.wrapper.reference(), self.layer)
-
-    def remove(self) -> bool:
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        return super().remove()
-
-
-class _WeakWrapper:
-    """Hands calls on to a wrapper for as long as that is there."""
-
-    __slots__ = ("reference",)
-
-    def __init__(self, wrapper: Callable) -> None:
-        self.reference = weakref.ref(wrapper)
-
-    def __repr__(self) -> str:
-        return f"<_WeakWrapper of {self.reference()!r}>"
-
-    def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        wrapper = self.reference()
-        return original(*args, **kwargs) if wrapper is None else wrapper(original, instance, args, kwargs)
-
-
-def remove_when_freed(owner: object, wrapped: Wrapped) -> weakref.finalize:
-    """Have `wrapped` removed when `owner` is freed; if something is being compiled just then, at a later collection.
+def remove_unless_compiling(wrapped: Wrapped) -> None:
+    """Remove a layer; if something is being compiled just now, at a later collection.
 
     A collection may come while a compiler writes down as guards which layers it went through.
     """
-    finalizer = weakref.finalize(owner, _remove_unless_compiling, wrapped)
-    finalizer.atexit = False
-    return finalizer
-
-
-def _remove_unless_compiling(wrapped: Wrapped) -> None:
     if is_compiling_anywhere():
-        remove_when_freed(_Circle(), wrapped)
+        finalizer = weakref.finalize(_Circle(), remove_unless_compiling, wrapped)
+        finalizer.atexit = False
     else:
         remove(wrapped)
 

@@ -11,8 +11,9 @@ import torch
 from ..memo.lookup import Memo
 from ..spec.model import Site
 from .binding import Attribute, Binding, Overrides
-from .layers import GlobalPlacement, Placement
+from .layers import Placement
 from .scope import Frame
+from .shared import SharedPlacement
 
 
 class Patch(Protocol):
@@ -75,9 +76,11 @@ class AttributePatch:
         raise NotImplementedError
 
     @cached_property
-    def _placement(self) -> Placement:
-        place = GlobalPlacement if self.attribute.is_global else Placement
-        return place(self.attribute.owner, self.attribute.name, self.target)
+    def _placement(self) -> Placement | SharedPlacement:
+        owner, name = self.attribute.owner, self.attribute.name
+        if self.attribute.is_global:
+            return SharedPlacement(owner, name, self.target, self.model)
+        return Placement(owner, name, self.target)
 
     @property
     def target(self) -> Callable:
