@@ -39,6 +39,7 @@ class FindingKind(enum.Enum):
     ABSENT_STAGE = "not in this pipeline"
     NEEDS_FORWARD = "left alone: it counts on the forward that {detail} replaces"
     OTHER_FORWARD = "not in {detail}, which has a forward of its own"
+    FOREIGN_LAYER = "left alone: a {detail} stands there, whose arguments have other names"
     OTHER_SOURCE = (
         "{detail} is for another version of the original, and not used",
         "{site}: the original's source is {detail}; the original is used.",

@@ -182,6 +182,7 @@ class Plan:
         facets: what the spec says of tensor arguments; `model.x` means argument x of the model's forward.
         label: `diffusers/wan: rope.forward`, for messages.
         default: the facets of tensors that are not named; without it, such a tensor is an error.
+        aliases: other names of parameters, as keywords, with the names that `facets` has.
     """
 
     def __init__(
@@ -190,11 +191,12 @@ class Plan:
         facets: Mapping[str, Iterable[str]],
         label: str,
         default: Iterable[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.label, self.default = label, default
         named = {name: Argument(name, facets.get(name, default), label) for name in parameters}
         self.positional = tuple(named.values())
-        self.named = named
+        self.named = named | {alias: named[name] for alias, name in (aliases or {}).items()}
         self.borrowed = tuple(
             Argument(name.removeprefix("model."), chosen, label)
             for name, chosen in facets.items()
@@ -234,7 +236,7 @@ class Plan:
 
         Of a tensor whose shape does not count, no values can.
         """
-        named = [*zip(self.named, args), *kwargs.items()]
-        for name, value in named:
-            if isinstance(value, torch.Tensor) and "shape" in self.facets.get(name, self.default or ()):
+        given = [*zip(self.positional, args), *((self.named.get(name), value) for name, value in kwargs.items())]
+        for argument, value in given:
+            if isinstance(value, torch.Tensor) and (argument is None or "shape" in (argument.facets or ())):
                 refuse_autograd(value)

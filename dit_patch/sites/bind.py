@@ -55,10 +55,14 @@ def bind(spec: Spec, site: Site, binding: Binding, pipeline: Any) -> tuple[list[
     if isinstance(address, SpanAddress):
         return [Span(site, label, binding, ends) for ends in spans], None
     attributes = _attributes(site, model, label, places, leftovers)
+    foreign = {type(each.owner).__name__: None for each in attributes if each.is_foreign}
+    attributes = [each for each in attributes if not each.is_foreign]
+    finding = Finding(FindingKind.FOREIGN_LAYER, site.at, ", ".join(foreign)) if foreign else None
+    if not attributes:
+        return [], finding
     if site.then:
         function = resolve.function(Address.parse(site.then), label)
-        return [ResultFilter(binding, each, function) for each in attributes], None
-    finding = None
+        return [ResultFilter(binding, each, function) for each in attributes], finding
     replacement = _replacement(attributes[0]) if site.use else None
     if site.use and replacement is None:
         finding = Finding(FindingKind.OTHER_SOURCE, site.at, site.use)
@@ -82,12 +86,13 @@ def _attributes(
     """Return the attributes that the site stands for, with what it reads; the first with what it clears."""
     values = [resolve.function(address, label) for address in site.functions_read]
     attributes: list[Attribute] = []
+    package = type(model).__module__.partition(".")[0]
     for owner, name, stars in places:
         paths = [resolve.fill_stars(path, stars) for path in site.paths_read]
         weights = {path: found for path in paths if (found := _parameter(model, path)) is not None}
         modules = [each for path in paths if path not in weights for each in resolve.submodules(model, path, label)]
         first = () if attributes else leftovers
-        attributes.append(Attribute(site, label, owner, name, modules, tuple(weights.values()), values, first))
+        attributes.append(Attribute(site, label, owner, name, modules, tuple(weights.values()), values, first, package))
     return attributes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -15,6 +15,7 @@ from ..errors import SiteError, suggest
 from ..memo.model_guards import ModelGuards
 from ..memo.store import Budget
 from ..spec.model import Site, Spec
+from ..upstream import torch_internals
 from . import layers, scope
 from .inner_functions import InnerFunctions
 from .surroundings import model_guards
@@ -77,6 +78,8 @@ class Attribute:
     values: Sequence[Callable[[], Any]] = ()
     #: Attributes in which the model keeps results of the site, as (owner, name).
     leftovers: Sequence[tuple[Any, str]] = field(default=())
+    #: The package that the model comes from.
+    package: str = ""
 
     @property
     def is_global(self) -> bool:
@@ -90,17 +93,46 @@ class Attribute:
 
     @cached_property
     def parameters(self) -> list[str]:
-        """Names of the parameters that can be given by position or by name, in order."""
-        return [each.name for each in self._signature if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        """Names of the parameters that can be given by position or by name, in order, as the spec has them.
+
+        An adapter or a quantised layer in the place of the one that the spec was written for may call them otherwise.
+        """
+        own = _names(self.original)
+        if set(self._named) <= set(own):
+            return own
+        return next((names for names in map(_names, self._stands_for()) if set(self._named) <= set(names)), own)
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """The spec's names for parameters that the attribute itself calls otherwise."""
+        return {own: name for own, name in zip(_names(self.original), self.parameters) if own != name}
 
     @cached_property
     def takes_any(self) -> bool:
         """Whether the attribute takes other arguments by keyword."""
-        return any(each.kind is each.VAR_KEYWORD for each in self._signature)
+        given = inspect.signature(self.original).parameters.values()
+        return any(each.kind is each.VAR_KEYWORD for each in given)
 
     @property
-    def _signature(self) -> list[inspect.Parameter]:
-        return list(inspect.signature(self.original).parameters.values())
+    def is_foreign(self) -> bool:
+        """Whether a layer of another library stands in the place, of which the spec's names are not known."""
+        if set(self._named) <= set(self.parameters) or not isinstance(self.owner, torch.nn.Module):
+            return False
+        module = type(self.owner).__module__
+        return not module.startswith("torch.nn.") and module.partition(".")[0] != self.package
+
+    @property
+    def _named(self) -> list[str]:
+        """Arguments of the attribute that the site names."""
+        names = (*self.site.key, *self.site.bind)
+        return [name for name in names if not name.startswith("model.")]
+
+    def _stands_for(self) -> Iterator[Callable]:
+        """Yield the attribute of the classes that the owner inherits from, and of the layer that it is around."""
+        layer = self.owner
+        while isinstance(layer, torch.nn.Module):
+            yield from (vars(base)[self.name].__get__(layer) for base in type(layer).__mro__ if self.name in vars(base))
+            layer = torch_internals.children(layer).get("base_layer")
 
     def check_names(self, binding: Binding) -> None:
         """Raise SiteError if the site names an argument that neither the attribute nor the model's forward has."""
@@ -112,6 +144,11 @@ class Attribute:
                     f"{self.label}: it has no parameter `{name}`{suggest(name, self.parameters)}\n"
                     f"    Parameters: {', '.join(self.parameters) or 'none'}."
                 )
+
+
+def _names(function: Callable) -> list[str]:
+    given = inspect.signature(function).parameters.values()
+    return [each.name for each in given if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
 class Overrides:

@@ -26,7 +26,7 @@ class MemoisedSite(AttributePatch):
         super().__init__(binding, attribute)
         self.output = Output(self.site)
         #: What makes a key of the arguments.
-        self.plan = Plan(attribute.parameters, attribute.site.key, attribute.label)
+        self.plan = Plan(attribute.parameters, attribute.site.key, attribute.label, aliases=attribute.aliases)
         #: What results depend on besides arguments.
         self.guards = site_guards(attribute, binding.model, binding.blocks)
         binding.guards.add(self.guards)
