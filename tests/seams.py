@@ -22,7 +22,15 @@ Undo = Callable[[], Any]
 
 _WITHOUT_VERSION = ("numpy_view", "dlpack", "from_dlpack", "storage", "typed", "data", "shared")
 
+_HOW = ("attribute", "list", "object")
+
 _NOT_SEEN = {
+    "attributes that were set within the first forward after a change, ever again": [
+        f"set blocks.0: {how}, {when}" for how in _HOW for when in ("each forward", "first, then late", "to and fro")
+    ],
+    "attributes that are set within a forward, before the site is called": [
+        f"set condition_embedder: {how}, late" for how in _HOW
+    ],
     "the class of each module, besides its attributes": ["activation of another class", "inside: class of a module"],
     "values inside a deque, and attributes in slots": ["inside: deque", "inside: object with slots"],
     "what containers among a function's globals hold": ["inside: global list"],
