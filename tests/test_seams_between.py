@@ -54,9 +54,9 @@ def around(tiny) -> list[str]:
 
 
 def few(names: list[str]) -> list[str]:
-    """At most four of them: the two outermost, and of the rest those that are spread over all."""
+    """At most two of them: the outermost, and one of the innermost."""
     names = sorted(names, key=lambda name: name.count("."))
-    return names[:2] + names[2 :: max(1, (len(names) - 1) // 2)]
+    return names[:1] + names[1:][-1:]
 
 
 def with_sites(tiny, name):
