@@ -2,14 +2,20 @@
 
 Each function here replaces one of theirs, and knows its layout and its arithmetic. Tensors that `dit_patch.rotary` does
 not take, and training, are left to the original; the report then says why.
+
+`ready` of a function says what answers further calls with tensors of the same shapes, layouts and dtypes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..memo.keys import Uncacheable, refuse_autograd
 from ..rotary import RotaryError, has_triton, rotary
+from ..rotary.ready import ready
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -20,9 +26,7 @@ def wan(original, instance, args, kwargs) -> torch.Tensor:
     It reads the even entries of cos and the odd ones of sin, and computes in the dtype that x and the table promote to.
     """
     x, cos, sin = _of_wan(*args, **kwargs)
-    products = x.dtype == cos.dtype and x.dtype in _HALF_PRECISION
-    arithmetic = "rounded" if products else "separate"
-    return turn(x, cos[..., 0::2], sin[..., 1::2], arithmetic=arithmetic)
+    return turn(x, *_of_pairs(cos, sin), arithmetic=_arithmetic_of_wan(x, cos))
 
 
 def diffusers(original, instance, args, kwargs) -> torch.Tensor:
@@ -48,8 +52,39 @@ def fastvideo(original, instance, args, kwargs) -> torch.Tensor:
     Full tables are for interleaved pairs whatever the style. float64 tables make it compute in float64.
     """
     x, cos, sin, neox = _of_fastvideo(*args, **kwargs)
-    full = cos.shape[-1] == x.shape[-1]
-    return turn(x, cos, sin, pairs="half" if neox and not full else "interleaved")
+    return turn(x, cos, sin, pairs="interleaved" if _is_interleaved(x, cos, neox) else "half")
+
+
+def _ready_of_wan(args: tuple, kwargs: dict) -> Callable[[tuple, dict], torch.Tensor] | None:
+    x, cos, sin = _of_wan(*args, **kwargs)
+    arithmetic = _arithmetic_of_wan(x, cos)
+    rotation = _ready(x, cos, sin, _of_pairs, arithmetic=arithmetic, is_apart=True)
+    return None if rotation is None else lambda args, kwargs: rotation(*_of_wan(*args, **kwargs))
+
+
+def _ready_of_diffusers(args: tuple, kwargs: dict) -> Callable[[tuple, dict], torch.Tensor] | None:
+    x, (cos, sin), _, unbind, sequence = _of_diffusers(*args, **kwargs)
+    if sequence == 1:
+        rotation = _ready(x, cos, sin, _of_tokens, interleaved=unbind == -1)
+    else:  # (B, H, S, D): tokens and heads have changed places, in the tables too
+        rotation = _ready(x, cos, sin, _of_tokens_last, interleaved=unbind == -1)
+
+    def call(args: tuple, kwargs: dict) -> torch.Tensor:
+        x, (cos, sin), *_ = _of_diffusers(*args, **kwargs)
+        return rotation(x, cos, sin)
+
+    return None if rotation is None else call
+
+
+def _ready_of_fastvideo(args: tuple, kwargs: dict) -> Callable[[tuple, dict], torch.Tensor] | None:
+    x, cos, sin, neox = _of_fastvideo(*args, **kwargs)
+    rotation = _ready(x, cos, sin, _of_tokens, interleaved=_is_interleaved(x, cos, neox))
+    return None if rotation is None else lambda args, kwargs: rotation(*_of_fastvideo(*args, **kwargs)[:3])
+
+
+wan.ready = _ready_of_wan
+diffusers.ready = _ready_of_diffusers
+fastvideo.ready = _ready_of_fastvideo
 
 
 def _of_wan(hidden_states, freqs_cos, freqs_sin):
@@ -62,6 +97,42 @@ def _of_diffusers(x, freqs_cis, use_real=True, use_real_unbind_dim=-1, sequence_
 
 def _of_fastvideo(x, cos, sin, is_neox_style):
     return x, cos, sin, is_neox_style
+
+
+def _arithmetic_of_wan(x: torch.Tensor, cos: torch.Tensor) -> str:
+    return "rounded" if x.dtype == cos.dtype and x.dtype in _HALF_PRECISION else "separate"
+
+
+def _is_interleaved(x: torch.Tensor, cos: torch.Tensor, neox: bool) -> bool:
+    return not neox or cos.shape[-1] == x.shape[-1]
+
+
+def _of_pairs(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entries that Wan reads, (1, S, 1, D / 2) each."""
+    return cos[..., 0::2], sin[..., 1::2]
+
+
+def _of_tokens(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tables (S, W) as (1, S, 1, W)."""
+    return tuple(each[None, :, None] if each.dim() == 2 else each for each in (cos, sin))
+
+
+def _of_tokens_last(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tables (S, W) as (1, 1, S, W), for heads that come before tokens."""
+    return tuple(each[None, None] for each in (cos, sin))
+
+
+def _ready(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tables: Callable, **how: Any) -> Any:
+    """Return what rotates more tensors of the kind of `x` on a CPU; None where there is nothing sooner than `turn`."""
+    rotation = ready(x, cos, sin, tables, **how)
+    if rotation is None:
+        return None
+
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        refuse_autograd(x)
+        return rotation(x, cos, sin)
+
+    return rotate
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, tail: bool = False, **how: str) -> torch.Tensor:

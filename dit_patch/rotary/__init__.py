@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from ..errors import DitPatchError, quote, suggest
+from ..upstream.torch_internals import count_dispatch_modes, count_function_modes, is_functorch_active, storage_id
 from . import cpu, eager
 
 __all__ = ["Arithmetic", "NotExact", "Pairs", "RotaryError", "has_triton", "rotary", "rotary_qk_"]
@@ -68,7 +69,8 @@ def rotary(
     cos, sin, width = _check((x,), cos, sin, pairs, arithmetic, rotary_dim)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return torch.ops.dit_patch.rotary(x, cos, sin, width, _PAIRS[pairs], arithmetic)
+    run = torch.ops.dit_patch.rotary if _is_seen_by_others() else _rotary
+    return run(x, cos, sin, width, _PAIRS[pairs], arithmetic)
 
 
 def rotary_qk_(
@@ -92,7 +94,35 @@ def rotary_qk_(
     for each in given:
         if each.stride(-1) != 1:
             raise RotaryError(f"to be rotated where it is, a tensor needs a last stride of 1, not {each.stride(-1)}")
-    torch.ops.dit_patch.rotary_qk_(q, k, cos, sin, width, _PAIRS[pairs], arithmetic)
+    if k is not None and _share_memory(q, k):
+        raise RotaryError("q and k share memory, which would be rotated twice")
+    run = torch.ops.dit_patch.rotary_qk_ if _is_seen_by_others() else _rotary_qk_
+    run(q, k, cos, sin, width, _PAIRS[pairs], arithmetic)
+
+
+def _is_seen_by_others() -> bool:
+    """Return whether a compiler, a mode or a transform looks on: for them it is one operation, which takes its time."""
+    is_traced = torch.compiler.is_compiling() or is_functorch_active()
+    return is_traced or bool(count_dispatch_modes() or count_function_modes())
+
+
+def _share_memory(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Return whether an element of one may be one of the other: not if they lie token by token side by side."""
+    if torch.compiler.is_compiling() or not (q.numel() and k.numel()) or storage_id(q) != storage_id(k):
+        return False
+    first, second = sorted((q, k), key=torch.Tensor.data_ptr)
+    gap = (second.data_ptr() - first.data_ptr()) // first.element_size()
+    if gap >= _extent(first):
+        return False
+    token = first.stride(1)
+    if first.stride()[:2] != second.stride()[:2] or not token or first.stride(0) % token:
+        return True
+    return not _extent(first[:1, :1]) <= gap % token <= token - _extent(second[:1, :1])
+
+
+def _extent(x: torch.Tensor) -> int:
+    """Return the number of elements from a tensor's first to its last, with all that lie in between."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 
 from ..findings import Finding, FindingKind, warn
 from ..memo.context import context_key
-from ..memo.keys import Plan, Uncacheable
+from ..memo.keys import PLAIN, Plan, Uncacheable
 from ..memo.lookup import Memo
 from ..memo.results import same
 from ..upstream.torch_internals import is_capturing
@@ -18,12 +18,15 @@ from .binding import Attribute, Binding
 from .output import Output
 from .patch import AttributePatch
 
+_ALIKE = {bool, int, str, type(None)}
+
 
 class Replacement:
     """The function of `use:`, held to the original bit for bit at the first sight of each signature.
 
     Where it fails at first sight (a kernel that cannot be compiled here, say) or differs, it gives way to the original
-    for good, with one warning.
+    for good, with one warning. Once a signature is proven, `function.ready`, where a function has that, may say what
+    answers further calls of it sooner; that is held to the original, too.
 
     Args:
         function: takes wrapt's four arguments.
@@ -36,6 +39,8 @@ class Replacement:
         self.function: Callable | None = function
         self._signature = call_signature(attribute)
         self._proven: set[Hashable] = set()
+        #: What answers calls of a proven signature; None: the function itself does.
+        self._ready: dict[Hashable, Callable[[tuple, dict], Any] | None] = {}
 
     def __repr__(self) -> str:
         return f"<Replacement {self.attribute.site.use}: proven for {len(self._proven)} signatures>"
@@ -43,10 +48,15 @@ class Replacement:
     def __call__(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Return the replacement's result, or the original's where they differ."""
         check = self.memo.check
-        signature = None if check == "never" else self.signature(args, kwargs)
+        signature = self.signature(args, kwargs)
+        if signature in self._ready and check != "always":
+            ready = self._ready[signature]
+            return self.function(original, self.attribute.owner, args, kwargs) if ready is None else ready(args, kwargs)
         is_proven = signature in self._proven
         try:
             result = self.function(original, self.attribute.owner, args, kwargs)
+            ready = self._find_ready(args, kwargs)
+            again = result if ready is None else ready(args, kwargs)
         except (Uncacheable, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -56,13 +66,15 @@ class Replacement:
             message = (str(error) or "no message").splitlines()[0]
             self._give_way(f"failed ({type(error).__name__}: {message})")
             return expected
-        if signature is None or is_proven and check != "always":
+        if check == "never":
+            self._ready[signature] = ready
             return result
         expected = original(*args, **kwargs)
         if not same(expected, result):
             self._give_way("is not equal to the original here")
             return expected
         self._proven.add(signature)
+        self._ready[signature] = ready if same(expected, again) else None
         return result
 
     def in_capture(self, original: Callable, args: tuple, kwargs: dict) -> Any:
@@ -73,10 +85,18 @@ class Replacement:
 
     def signature(self, args: tuple, kwargs: dict) -> Hashable:
         """Return shapes, strides, dtypes and devices of the arguments."""
-        return tuple(self._signature.parts(args, kwargs, None))
+        found = _quick_signature(args)
+        if found is None or kwargs:
+            return tuple(self._signature.parts(args, kwargs, None))
+        return found
+
+    def _find_ready(self, args: tuple, kwargs: dict) -> Callable[[tuple, dict], Any] | None:
+        find = getattr(self.function, "ready", None)
+        return None if find is None else find(args, kwargs)
 
     def _give_way(self, why: str) -> None:
         self.function = None
+        self._ready = {}
         site, label = self.attribute.site, self.attribute.label
         finding = Finding(FindingKind.REPLACEMENT_FAILED, site=f"{label}: {site.use}", detail=why)
         warn(finding, stacklevel=3)
@@ -87,6 +107,25 @@ class Replacement:
 def call_signature(attribute: Attribute) -> Plan:
     """Return how calls of the attribute are told apart by shapes, strides, dtypes and devices."""
     return Plan(attribute.parameters, {}, attribute.label, default=("shape", "dtype", "device", "stride"))
+
+
+def _quick_signature(values: tuple) -> tuple | None:
+    """Return what `call_signature` tells calls apart by, sooner; None where a value is of another kind."""
+    found = []
+    for value in values:
+        kind = type(value)
+        if kind in PLAIN:
+            found.append((value.shape, value.stride(), value.dtype, value.device))
+        elif kind in _ALIKE:
+            found.append((kind, value))
+        elif kind is tuple:
+            inner = _quick_signature(value)
+            if inner is None:
+                return None
+            found.append(inner)
+        else:
+            return None
+    return tuple(found)
 
 
 class ReplacedSite(AttributePatch):
