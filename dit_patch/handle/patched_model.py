@@ -132,7 +132,6 @@ class PatchedModel:
         return [patch for patch in self.patches if patch.watches_forwards]
 
     def _on_forward_end(self, frame: Frame) -> None:
-        self._binding.guards.settle()
         if self.step_cache is not None:
             self.step_cache.note_forward()
         for finding in self._reach.findings(frame):

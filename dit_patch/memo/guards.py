@@ -9,8 +9,11 @@ is written through `.data` into the same memory leaves no trace and is not seen.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from operator import is_, itemgetter
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -65,7 +68,8 @@ class NamesGuard:
 
     def __init__(self, spaces: Iterable[Mapping]) -> None:
         self._spaces = tuple(spaces)
-        self.accept()
+        self._sizes = tuple(map(len, self._spaces))
+        self._names = [_public(each) for each in self._spaces]
 
     def still_holds(self) -> bool:
         if tuple(map(len, self._spaces)) == self._sizes:
@@ -75,43 +79,26 @@ class NamesGuard:
         self._sizes = tuple(map(len, self._spaces))
         return True
 
-    def accept(self) -> None:
-        """Take what is there now for what is to be there."""
-        self._sizes = tuple(map(len, self._spaces))
-        self._names = [_public(each) for each in self._spaces]
-
 
 class AttributeGuard:
     """Notices attributes that were set to something else: theta, a processor, `training`, a class's `forward` ..."""
 
-    __slots__ = ("_expected", "_holders")
+    __slots__ = ("_expected",)
 
     def __init__(self, holders: Iterable[Holder]) -> None:
-        self._holders = [each for each in holders if each.names]
-        self._expected = [_reader(values, names) for values, names, _ in self._holders]
+        self._expected = [_reader(values, names) for values, names, _ in holders if names]
 
     def still_holds(self) -> bool:
         try:
-            for read, values, expected in self._expected:
-                if not all(map(is_, read(values), expected)):
-                    return False
-        except KeyError:
+            for at, (read, values, expected) in enumerate(self._expected):
+                now = read(values)
+                if not all(map(is_, now, expected)):
+                    if not all(map(_is_same_value, now, expected)):
+                        return False
+                    self._expected[at] = read, values, now  # the same numbers, made anew
+        except _GONE:
             return False
         return True
-
-    def ignore_changed(self) -> list[tuple[Mapping, str]]:
-        """Look no longer at attributes that have changed, where neither value can be called; returns which."""
-        ignored = []
-        for at, (values, names, is_whole) in enumerate(self._holders):
-            _, _, expected = self._expected[at]
-            before = dict(zip(names, expected))
-            changed = [name for name in names if is_whole and _is_other_value(values.get(name), before[name])]
-            if changed:
-                left = {name: value for name, value in before.items() if name not in changed}
-                self._holders[at] = Holder(values, tuple(left), is_whole)
-                self._expected[at] = (_read_nothing, values, ()) if not left else _reader(values, tuple(left), left)
-                ignored += [(values, name) for name in changed]
-        return ignored
 
 
 class ContainerGuard:
@@ -128,12 +115,6 @@ class ContainerGuard:
                 return False
         return True
 
-    def ignore_changed(self) -> list[Any]:
-        """Look no longer at containers that have changed; returns these."""
-        ignored = [container for container, expected in self._expected if not _is_alike(contents(container), expected)]
-        self._expected = [each for each in self._expected if not any(each[0] is other for other in ignored)]
-        return ignored
-
 
 class CellGuard:
     """Notices variables of an enclosing function that were given another value."""
@@ -146,6 +127,71 @@ class CellGuard:
     def still_holds(self) -> bool:
         for cell, expected in self._expected:
             if cell.cell_contents is not expected:
+                return False
+        return True
+
+
+class FunctionGuard:
+    """Notices functions that were given other code or defaults."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, functions: Iterable[FunctionType]) -> None:
+        self._expected = [(each, each.__code__, each.__defaults__, each.__kwdefaults__) for each in functions]
+
+    def still_holds(self) -> bool:
+        for function, code, defaults, named in self._expected:
+            is_same = function.__code__ is code and function.__defaults__ is defaults
+            if not is_same or function.__kwdefaults__ is not named:
+                return False
+        return True
+
+
+class PartialGuard:
+    """Notices partials that were given another function or other arguments."""
+
+    __slots__ = ("_expected",)
+
+    def __init__(self, partials: Iterable[functools.partial]) -> None:
+        self._expected = [(each, each.func, each.args, contents(each.keywords)) for each in partials]
+
+    def still_holds(self) -> bool:
+        for partial, function, args, named in self._expected:
+            is_same = partial.func is function and _is_alike(partial.args, args)
+            if not is_same or not _is_alike(contents(partial.keywords), named):
+                return False
+        return True
+
+
+class TypeGuard:
+    """Notices modules that were made one of another class."""
+
+    __slots__ = ("_expected", "_modules")
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._expected = tuple(map(type, self._modules))
+
+    def still_holds(self) -> bool:
+        return tuple(map(type, self._modules)) == self._expected
+
+
+class LooseTensorGuard:
+    """Notices writes into tensors in lists and in attributes of objects; which they are is for other guards."""
+
+    __slots__ = ("_expected", "_watched")
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._watched = Dependencies()
+        self._expected = []
+        for tensor in tensors:
+            self._watched.follow(tensor)
+            self._expected.append((weakref.ref(tensor), tensor_version(tensor), storage_id(tensor)))
+
+    def still_holds(self) -> bool:
+        for reference, version, storage in self._expected:
+            tensor = reference()
+            if tensor is None or tensor_version(tensor) != version or storage_id(tensor) != storage:
                 return False
         return True
 
@@ -275,25 +321,22 @@ def numerics() -> Hashable:
     return numerics_switches(), are_algorithms_deterministic(), torch.get_default_dtype(), module_call()
 
 
-_Reader = tuple[Callable[[Mapping], tuple], Mapping, tuple]
-
-
-def _reader(values: Mapping, names: tuple[str, ...], expected: Mapping | None = None) -> _Reader:
-    """Return a function that takes the named items, the mapping to give to it, and what it gives or should give."""
+def _reader(values: Mapping, names: tuple[str, ...]) -> tuple[Callable[[Mapping], tuple], Mapping, tuple]:
+    """Return a function that takes the named items, the mapping to give to it, and what it gives now."""
     read = itemgetter(*names, names[0])  # one more, so that it always gives a tuple
-    return read, values, read(values if expected is None else expected)
+    return read, values, read(values)
 
 
 def _is_alike(now: tuple, expected: tuple) -> bool:
     return len(now) == len(expected) and all(map(is_, now, expected))
 
 
-def _read_nothing(values: Mapping) -> tuple:
-    return ()
+def _is_same_value(now: Any, before: Any) -> bool:
+    """Return whether two values are one, or equal plain ones: nan is itself, and 0.0 is not -0.0."""
+    return now is before or (type(now) is type(before) and type(now) in _SCALARS and repr(now) == repr(before))
 
 
-def _is_other_value(now: Any, before: Any) -> bool:
-    return now is not before and not callable(now) and not callable(before)
+_SCALARS = {bool, int, float, complex, str, bytes}
 
 
 def _public(space: Mapping) -> set[str]:

@@ -20,12 +20,16 @@ from .guards import (
     CellGuard,
     ContainerGuard,
     ForwardGuard,
+    FunctionGuard,
     HookGuard,
+    LooseTensorGuard,
     MembersGuard,
     ModuleGuard,
     NamesGuard,
     NumericsGuard,
+    PartialGuard,
     PlaceGuard,
+    TypeGuard,
 )
 from .reachable import Reachable, merged
 from .site_guards import SiteGuards
@@ -34,8 +38,8 @@ HOOKED_INSIDE = "a hook is registered on a submodule, and a hit would skip it"
 HOOKED_BETWEEN = "a hook stands between the model's arguments and the site"
 HOOKED_GLOBALLY = "a hook is registered on all modules, and a hit would skip it"
 OTHER_FORWARD = "a forward was replaced by a function that cannot be seen through"
+OPAQUE = "it depends on an array or a context variable, whose changes cannot be seen"
 TRAINING = "the module is in training mode; call `.eval()`"
-_SETTLING = 2  # forwards after a look, in which attributes that a forward sets itself are found
 
 
 class ModelGuards:
@@ -59,10 +63,6 @@ class ModelGuards:
         self.epoch = 0
         self._forward = type(root).forward
         self._checks: Sequence[Callable[[], bool]] = (bool,)  # which is False
-        self._settling: list[tuple[AttributeGuard, ContainerGuard, NamesGuard]] = []
-        #: What forwards set themselves: attributes by their namespace's id and name, containers by their id. The
-        #: objects are kept, and so are their ids.
-        self._ignored: dict[tuple[int, str], Any] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -81,24 +81,10 @@ class ModelGuards:
                 break
         return self.epoch
 
-    def settle(self) -> None:
-        """Say that a forward has ended: attributes that it has set itself are its own business from now on.
-
-        That is found in the first forwards after a change; later ones set nothing else.
-        """
-        if self._settling:
-            attributes, containers, names = self._settling.pop()
-            names.accept()
-            for space, name in attributes.ignore_changed():
-                self._ignored[id(space), name] = space
-            for container in containers.ignore_changed():
-                self._ignored[id(container), ""] = container
-
     def forget(self) -> None:
         """Let go of what was found; results before the next look are of another epoch."""
         with self._lock:
             self._checks = (bool,)
-            self._settling = []
             for site in self.sites:
                 site.forget()
 
@@ -107,21 +93,23 @@ class ModelGuards:
             world = _World(self)
             for site in self.sites:
                 world.add(site)
-            attributes, names = AttributeGuard(world.holders), NamesGuard(world.spaces)
-            containers = ContainerGuard(world.found.containers)
+            found = world.found
             guards = [
                 HookGuard(world.hooks.values()),
-                names,
-                attributes,
-                MembersGuard([*world.groups, *world.families]),
-                containers,
-                CellGuard(world.found.cells),
+                TypeGuard(world.modules),
+                NamesGuard(world.spaces),
+                AttributeGuard(world.holders),
+                MembersGuard([*world.groups, *world.families, *found.classes]),
+                ContainerGuard(found.containers),
+                CellGuard(found.cells),
+                FunctionGuard(found.functions),
+                PartialGuard(found.partials),
+                LooseTensorGuard(found.tensors),
                 ModuleGuard(world.families),
                 PlaceGuard(place for site in self.sites for place in site.places if place is not None),
                 ForwardGuard(self.root),
                 NumericsGuard(),
             ]
-            self._settling = [(attributes, containers, names)] * _SETTLING
             self._checks = tuple(guard.still_holds for guard in guards)
             self.epoch += 1
 
@@ -134,18 +122,13 @@ class ModelGuards:
         """Whether the model's class has got another forward."""
         return type(self.root).forward is not self._forward
 
-    @property
-    def ignored(self) -> set[tuple[int, str]]:
-        """Attributes that do not count, by the id of their namespace and their name."""
-        return set(self._ignored)
-
 
 class _World:
     """What was found in one look, of all sites."""
 
     def __init__(self, guards: ModelGuards) -> None:
         self.guards = guards
-        self.found = Reachable(set(guards.root.modules()), guards.ignored)
+        self.found = Reachable(set(guards.root.modules()))
         self.modules: dict[torch.nn.Module, None] = {}
         self.hooks: dict[int, Mapping] = {id(each): each for each in global_hooks()}
 
@@ -167,7 +150,10 @@ class _World:
                 self._add_module(module)
         for each in (*site.functions, *forwards):
             self.found.add(each)
-        outside = self._outside(inside, (*site.functions, *forwards))
+        for cls, name in site.methods:
+            self.found.add_method(cls, name)
+        reached = self._reached(inside, (*site.functions, *forwards))
+        outside = list(dict.fromkeys(each for module in reached.modules for each in module.modules()))
         for module in outside:
             self._add_module(module)
         site.weights.look_again()
@@ -183,6 +169,8 @@ class _World:
         self.hooks |= {id(each): each for each in (*within, *around, *observing)}
         site.is_observed = any(map(self.guards.has_foreign, (*observing, *global_hooks())))
         site.refusal = self._refusal(site, within, around, forwards)
+        if reached.is_opaque and site.refusal is None:
+            site.refusal = OPAQUE
 
     def _refusal(
         self, site: SiteGuards, within: Iterable[Mapping], around: Iterable[Mapping], forwards: Iterable[Any]
@@ -200,24 +188,25 @@ class _World:
             return TRAINING
         return None
 
-    def _outside(self, inside: Iterable[torch.nn.Module], functions: Iterable[Any]) -> list[torch.nn.Module]:
-        """Return the modules that are not in the model, but that these modules and functions call."""
-        found = Reachable(self.found.tree, self.guards.ignored)
+    def _reached(self, inside: Iterable[torch.nn.Module], functions: Iterable[Any]) -> Reachable:
+        """Return what these modules and functions alone reach: modules that are not in the model, say."""
+        found = Reachable(self.found.tree)
         for module in inside:
-            found.add_module(module)
+            found.add_module(module, is_model=module is self.guards.root)
         for each in functions:
             found.add(each)
-        return list(dict.fromkeys(each for module in found.modules for each in module.modules()))
+        return found
 
     def _add_module(self, module: torch.nn.Module) -> None:
         self.modules.setdefault(module)
-        self.found.add_module(module)
+        self.found.add_module(module, is_model=module is self.guards.root)
 
     def _tensors(self, module: torch.nn.Module) -> list[tuple[dict, str]]:
         """Return the places of a module's plain attributes that are tensors."""
         space = vars(module)
-        names = [name for name, value in space.items() if isinstance(value, torch.Tensor) and not name.startswith("_")]
-        return [(space, name) for name in names if (id(space), name) not in self.guards.ignored]
+        if module is self.guards.root:
+            return []
+        return [(space, name) for name, value in space.items() if _is_public_tensor(name, value)]
 
     @property
     def holders(self) -> list:
@@ -238,6 +227,10 @@ class _World:
     def groups(self) -> list[dict]:
         """The parameters and buffers of each module."""
         return [read(module) for module in self.modules for read in (parameters, buffers)]
+
+
+def _is_public_tensor(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not name.startswith("_")
 
 
 def _can_be_compared(forward: Any) -> bool:

@@ -36,6 +36,7 @@ class SiteGuards:
         ancestors: modules that the site is in, if its key has arguments of the model; of these no more than how they
             are called and what they are set to.
         functions: functions and other objects that compute the results.
+        methods: classes with the name of a method that does; of modules, all methods count.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class SiteGuards:
         between: Callable[[], Iterable[torch.nn.Module]] = tuple,
         ancestors: Iterable[torch.nn.Module] = (),
         functions: Iterable[Any] = (),
+        methods: Iterable[tuple[type, str]] = (),
     ) -> None:
         self.modules, self.subtree, self.parameters = tuple(modules), subtree, tuple(parameters)
         self.between, self.ancestors, self.functions = between, tuple(ancestors), tuple(functions)
+        self.methods = tuple(methods)
         self.places = [find_place(root, module) for module in self.modules]
         #: Why nothing can be kept, as the last look at the world has found.
         self.refusal: str | None = _UNSEEN

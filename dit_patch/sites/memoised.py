@@ -70,6 +70,7 @@ def _make_call(site: MemoisedSite, binding: Binding) -> Callable[[Callable, Any,
     values, output = tuple(site.attribute.values), site.output
     follows_model, is_grad_enabled = output.follows_model, torch.is_grad_enabled
     current, cache = scope.current, memo.cache
+    replacement = site.replacement
     known_epoch = known_number = 0
 
     def call(original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -95,6 +96,8 @@ def _make_call(site: MemoisedSite, binding: Binding) -> Callable[[Callable, Any,
             number = weights.number if weights.still_hold() and not is_grad_enabled() else weights.epoch()
             if epoch != known_epoch or number != known_number:
                 cache.clear()  # it cannot be asked for any more
+                if replacement is not None:
+                    replacement.forget()
                 known_epoch, known_number = epoch, number
             if borrows and frame is None:
                 raise Uncacheable("called outside the model's forward")

@@ -17,6 +17,7 @@ from . import scope
 from .binding import Attribute, Binding
 from .output import Output
 from .patch import AttributePatch
+from .surroundings import site_guards
 
 _ALIKE = {bool, int, str, type(None)}
 
@@ -77,6 +78,11 @@ class Replacement:
         self._ready[signature] = ready if same(expected, again) else None
         return result
 
+    def forget(self) -> None:
+        """Have the next call of each signature compared again: something that the original depends on has changed."""
+        self._proven.clear()
+        self._ready.clear()
+
     def in_capture(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Return the result while a CUDA graph is captured, when nothing can be compared."""
         if self.memo.check == "never" or self.signature(args, kwargs) in self._proven:
@@ -136,6 +142,8 @@ class ReplacedSite(AttributePatch):
         self.replacement = Replacement(attribute, function, self.memo)
         self._output = Output(self.site)
         self._may_be_captured = self.may_be_captured
+        binding.guards.add(site_guards(attribute, binding.model, binding.blocks))
+        self._epoch = 0
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         frame = scope.current()
@@ -143,6 +151,9 @@ class ReplacedSite(AttributePatch):
             frame.calls[self] = frame.calls.get(self, 0) + 1
             if self.overrides is not None:
                 args, kwargs = self.overrides.apply(frame, args, kwargs)
+            if frame.epoch != self._epoch:
+                self.replacement.forget()
+                self._epoch = frame.epoch
         elif self.attribute.is_global:
             return original(*args, **kwargs)
         else:

@@ -48,6 +48,7 @@ def site_guards(attribute: Attribute, model: torch.nn.Module, blocks: Collection
         between=between,
         ancestors=ancestors,
         functions=() if is_module else (attribute.original,),
+        methods=((type(model), attribute.name),) if owner is model else (),
     )
 
 
