@@ -24,57 +24,7 @@ _WITHOUT_VERSION = ("numpy_view", "dlpack", "from_dlpack", "storage", "typed", "
 
 _HOW = ("attribute", "list", "object")
 
-_NOT_SEEN = {
-    "attributes that were set within the first forward after a change, ever again": [
-        f"set blocks.0: {how}, {when}" for how in _HOW for when in ("each forward", "first, then late", "to and fro")
-    ],
-    "attributes that are set within a forward, before the site is called": [
-        f"set condition_embedder: {how}, late" for how in _HOW
-    ],
-    "the class of each module, besides its attributes": ["activation of another class", "inside: class of a module"],
-    "values inside a deque, and attributes in slots": ["inside: deque", "inside: object with slots"],
-    "what containers among a function's globals hold": ["inside: global list"],
-    "`__code__`, `__defaults__` and `__kwdefaults__` of functions": [
-        "inside: default of an argument",
-        "inside: code of a function",
-        "class: code of a forward",
-        "class: defaults of a function",
-    ],
-    "`func`, `args` and `keywords` of a partial": ["inside: arguments of a partial", "inside: keywords of a partial"],
-    "attributes of classes that are no functions": ["inside: attribute of a class"],
-    "what context variables and the environment hold: nothing, so that such a function would have to be recomputed": [
-        "inside: context variable",
-        "inside: environment",
-    ],
-    "the memory of an array: it has no version, so that it would have to be recomputed": ["inside: array"],
-    "versions of tensors in containers and in attributes of objects": [
-        "inside: tensor in a list",
-        "inside: tensor of an object",
-    ],
-    "the forward of a site's class where a replacement computes, and the functions that it calls": [
-        "class: Timesteps.forward",
-        "class: get_timestep_embedding",
-    ],
-    "functions in the namespaces of torch that a forward of torch calls": [
-        "class: functional.silu",
-        "class: functional.linear",
-    ],
-    "`__call__` and `__getattr__` of a class": ["class: __call__ of a class", "class: __getattr__ of a class"],
-    "where a generation begins: what is known by identity has to be dropped": [
-        *(f"memory: {how} {write}" for how in ("bare", "pipeline") for write in _WITHOUT_VERSION),
-        "memory: 2 steps",
-    ],
-    "the contents of a result that went out: only a later check sees that it was written into": [
-        "memory: result data",
-        "memory: result numpy_view",
-    ],
-    "the frame that an interrupt leaves: torch calls no hook then, and it holds model and inputs": [
-        "life: KeyboardInterrupt",
-        "life: SystemExit",
-        "life: GeneratorExit",
-    ],
-    "the frames of other threads, in remove()": ["life: remove in another thread"],
-}
+_NOT_SEEN: dict[str, list[str]] = {}
 """What does not hold yet: what would have to be looked at, and the cases that show it."""
 
 STALE = {name: f"nobody looks at {what}" for what, names in _NOT_SEEN.items() for name in names}

@@ -72,8 +72,11 @@ class Handle(ReportedHandle):
     def begin_generation(self, steps: int | None = None) -> None:
         """Say that a generation begins, of that many steps; only for models that are called outside of a pipeline.
 
-        There the step cache goes by the timesteps alone: they fall during a generation.
+        Results that are known by the identity of tensors are forgotten: a buffer may have been refilled in a way that
+        leaves no trace. The step cache goes by the timesteps alone otherwise: they fall during a generation.
         """
+        for model in self.patched_models:
+            model.begin_generation()
         for step_cache in self.step_caches:
             step_cache.on_generation_start(steps)
 
@@ -140,6 +143,7 @@ class Handle(ReportedHandle):
         for layer in reversed(self._layers):
             layers.remove(layer)
         for model in reversed(self.patched_models):
+            model.remove()
             if model.scope is not None:
                 model.scope.remove()
             asleep += [patch.label for patch in reversed(model.patches) if not patch.remove()]

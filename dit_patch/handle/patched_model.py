@@ -16,8 +16,10 @@ from ..sites.binding import Binding
 from ..sites.patch import Patch
 from ..sites.pipeline_models import find_stages
 from ..sites.scope import Frame, Scope
+from ..sites.span import Span
 from ..spec.address import StageAddress
 from ..spec.model import Site, Spec
+from ..step_cache.listener import GenerationListener
 from ..step_cache.model_step_cache import ModelStepCache
 from .reach import Reach
 
@@ -41,6 +43,7 @@ class PatchedModel:
         self.step_cache: ModelStepCache | None = None
         #: Whether the model was called while it was patched.
         self.was_called = False
+        self._listener: GenerationListener | None = None
         self._binding = Binding.of(spec, model, handle.budget, handle.options.check, handle.options.fixes)
         self._reach = Reach(model, self.sites)
 
@@ -66,6 +69,7 @@ class PatchedModel:
         for patch in self.patches:
             patch.install()
         self.handle.clear_after(self.model, _EDITS)
+        self._listen_to(target)
         self.scope = Scope(self.model, self._on_forward_end, self._on_forward_start, self.spec.parameters, self.handle)
         if any(patch.leaves_modes for patch in self.patches):
             self.handle.add_layer(layers.install(self.model, "forward", self._end_spans))
@@ -81,10 +85,26 @@ class PatchedModel:
                 self._bind(site, target)
         for patch in self.patches:
             patch.install()
+        if target is not None and target is not self._listener.target:
+            self._listen_to(target)
         if self.step_cache is not None:
             self.step_cache.repair(target)
         for at in self._reach.forget():
             self.findings.pop(at, None)
+
+    def begin_generation(self, steps: int | None = None) -> None:
+        """Forget results that are known by the identity of tensors: what is in them may have been exchanged unseen.
+
+        Some ways of writing into a tensor leave no version behind: through NumPy, by `broadcast`, by another process.
+        """
+        for patch in self.patches:
+            if isinstance(patch, Span) or any("identity" in facets for facets in patch.site.key.values()):
+                patch.clear_results()
+
+    def remove(self) -> None:
+        """Stop listening for generations."""
+        if self._listener is not None:
+            self._listener.remove()
 
     def rows(self) -> list[SiteStats]:
         """Return the report's row of each site that is wanted."""
@@ -101,6 +121,10 @@ class PatchedModel:
             for site in self.spec.sites
             if self.handle.options.wants(site)
         ]
+
+    def _listen_to(self, target: Any) -> None:
+        self.remove()
+        self._listener = GenerationListener(target, self.model, self.begin_generation, self.begin_generation)
 
     def _bind(self, site: Site, target: Any) -> None:
         """Bind a site, or note why it is left out."""

@@ -36,6 +36,9 @@ class Patch(Protocol):
         """End; False if a layer has to sleep inside another library's wrapper until that goes."""
 
     def clear(self) -> None:
+        """Forget every result, and what was known of what they depend on."""
+
+    def clear_results(self) -> None:
         """Forget every result."""
 
     def on_forward_start(self, frame: Frame) -> None:
@@ -100,6 +103,10 @@ class AttributePatch:
         return self._placement.remove()
 
     def clear(self) -> None:
+        """Forget every result, and what was known of what they depend on."""
+        self.clear_results()
+
+    def clear_results(self) -> None:
         """Forget every result."""
         self.memo.cache.clear()
 

@@ -30,7 +30,7 @@ class GenerationListener:
         on_start: Callable[[int | None], None],
         on_end: Callable[[], None],
     ) -> None:
-        self.model, self.on_start, self.on_end = model, on_start, on_end
+        self.target, self.model, self.on_start, self.on_end = target, model, on_start, on_end
         self._layers: list[layers.Wrapped] = []
         self._boundary: float | None = None
         stages = pipeline_models.find_stages(target, model)
