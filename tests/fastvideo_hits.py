@@ -65,7 +65,7 @@ def matrixgame2(blocks, action_modules=2, layers=3):
         "_prepare_blockwise_causal_attn_mask_action": (2 * every, 1),
         KV: (ALL, 0),
         "forward:causal_rope_apply": (2 * layers * every, 0),
-        EXPANSION: (2 * layers * every, layers * blocks),
+        EXPANSION: (2 * layers * every, ALL * layers * blocks),  # known by the table, and so for a generation
     }
     if not action_modules:
         return expected
@@ -103,8 +103,9 @@ def hunyuan15(steps, *timesteps, layers=2):
     }
 
 
-def matrixgame3(clips, steps, layers, base, memories, action_modules=2):
-    """The first clip has no memory, nor has the base model's second pass; `memories` are the different ones of all."""
+def matrixgame3(clips, steps, layers, base, action_modules=2):
+    """The first clip has no memory, nor has the base model's second pass."""
+    frames = ALL * (clips + clips - 1)  # numbers of them: those of each clip, and those that it looks back at
     with_memory = (clips - 1) * steps  # forwards
     forwards = clips * steps * (1 + base)
     every = ALL * forwards
@@ -118,9 +119,9 @@ def matrixgame3(clips, steps, layers, base, memories, action_modules=2):
     return {
         "forward:_build_rope_freqs": (every, 1),
         # Numbers of frames; and nine ranges and numbers, of which three differ, as the table is made, and checked.
-        "..patch_embedding": (every + ALL * with_memory + 2 * 9, clips + memories + 3),
+        "..patch_embedding": (every + ALL * with_memory + 2 * 9, frames + 3),
         "forward:_apply_rope_with_frame_indices": (rotations, 0),
-        EXPANSION: (rotations, clips + memories),
+        EXPANSION: (rotations, frames),
         ACTION_ROTARY.format(3): (of_actions, 0),
         SINUSOID: (timesteps + base, 0),
         EMBEDDER: (every, timesteps),

@@ -24,7 +24,25 @@ _WITHOUT_VERSION = ("numpy_view", "dlpack", "from_dlpack", "storage", "typed", "
 
 _HOW = ("attribute", "list", "object")
 
-_NOT_SEEN: dict[str, list[str]] = {}
+_NOT_SEEN = {
+    "attributes that are set within a forward, before the site is called, and not there when it begins": [
+        f"set condition_embedder: {how}, late" for how in ("attribute", "object")
+    ],
+    "what context variables and the environment hold: nothing, so that such a function would have to be recomputed": [
+        "inside: context variable",
+        "inside: environment",
+    ],
+    "the contents of a result that went out: only a later check sees that it was written into": [
+        "memory: result data",
+        "memory: result numpy_view",
+    ],
+    "the frame that an interrupt leaves: torch calls no hook then, and it holds model and inputs": [
+        "life: KeyboardInterrupt",
+        "life: SystemExit",
+        "life: GeneratorExit",
+    ],
+    "the frames of other threads, in remove()": ["life: remove in another thread"],
+}
 """What does not hold yet: what would have to be looked at, and the cases that show it."""
 
 STALE = {name: f"nobody looks at {what}" for what, names in _NOT_SEEN.items() for name in names}

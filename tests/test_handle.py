@@ -389,10 +389,10 @@ def test_a_failure_while_installing_leaves_nothing_patched(specs, model, monkeyp
     before, install = toys.snapshot(model), layers.install
     installed = []
 
-    def failing(owner, name, wrapper):
+    def failing(owner, name, wrapper, installer=None):
         if len(installed) == 3:
             raise RuntimeError("the fourth")
-        installed.append(install(owner, name, wrapper))
+        installed.append(install(owner, name, wrapper, installer))
         return installed[-1]
 
     monkeypatch.setattr(layers, "install", failing)

@@ -70,7 +70,14 @@ class PatchedModel:
             patch.install()
         self.handle.clear_after(self.model, _EDITS)
         self._listen_to(target)
-        self.scope = Scope(self.model, self._on_forward_end, self._on_forward_start, self.spec.parameters, self.handle)
+        self.scope = Scope(
+            self.model,
+            self._on_forward_end,
+            self._on_forward_start,
+            self.spec.parameters,
+            self.handle,
+            failed=self.begin_generation,
+        )
         if any(patch.leaves_modes for patch in self.patches):
             self.handle.add_layer(layers.install(self.model, "forward", self._end_spans))
         if self.handle.options.step_cache is not None:
@@ -92,7 +99,7 @@ class PatchedModel:
         for at in self._reach.forget():
             self.findings.pop(at, None)
 
-    def begin_generation(self, steps: int | None = None) -> None:
+    def begin_generation(self) -> None:
         """Forget results that are known by the identity of tensors: what is in them may have been exchanged unseen.
 
         Some ways of writing into a tensor leave no version behind: through NumPy, by `broadcast`, by another process.
@@ -124,7 +131,8 @@ class PatchedModel:
 
     def _listen_to(self, target: Any) -> None:
         self.remove()
-        self._listener = GenerationListener(target, self.model, self.begin_generation, self.begin_generation)
+        # A generation may have several loops; what it ends with is one.
+        self._listener = GenerationListener(target, self.model, lambda steps: None, self.begin_generation)
 
     def _bind(self, site: Site, target: Any) -> None:
         """Bind a site, or note why it is left out."""

@@ -166,14 +166,14 @@ class PartialGuard:
 class TypeGuard:
     """Notices modules that were made one of another class."""
 
-    __slots__ = ("_expected", "_modules")
+    __slots__ = ("_expected", "_objects")
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
-        self._modules = tuple(modules)
-        self._expected = tuple(map(type, self._modules))
+        self._objects = tuple(modules)
+        self._expected = tuple(map(type, self._objects))
 
     def still_holds(self) -> bool:
-        return tuple(map(type, self._modules)) == self._expected
+        return tuple(map(type, self._objects)) == self._expected
 
 
 class LooseTensorGuard:

@@ -118,6 +118,7 @@ class Scope:
         started: called with the frame before each forward.
         names: the forward's positional parameters, where its signature does not say.
         handle: the one that watches the model.
+        failed: called after each forward that raised.
     """
 
     def __init__(
@@ -127,7 +128,9 @@ class Scope:
         started: Callable[[Frame], None] | None = None,
         names: Sequence[str] = (),
         handle: Any = None,
+        failed: Callable[[], None] | None = None,
     ) -> None:
+        self.failed = failed
         self.model, self.finished, self.started, self.handle = model, finished, started, handle
         self.positions = {name: at for at, name in enumerate(names or parameters(model))}
         self._hooks = (
@@ -172,6 +175,8 @@ class Scope:
         frame.close()
         if output is not None:
             self.finished(frame)
+        elif self.failed is not None:
+            self.failed()
 
     def _abandon(self) -> None:
         """End the forwards of this model that were left without `leave`, and those inside them."""
