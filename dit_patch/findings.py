@@ -50,6 +50,11 @@ class FindingKind(enum.Enum):
         _NOT_REACHED + "something replaced it after apply()\n"
         "    (accelerate's remove_hook_from_module does). Call dit_patch.apply(...) again.",
     )
+    REPLACED = (
+        "another module stands in its place since apply(); apply() again",
+        "{site}: {detail} has another module in its place since apply(), so nothing of it is cached. "
+        "Call dit_patch.apply(...) again.",
+    )
     UNREACHED = ("not reached", _NOT_REACHED + "this forward does not call it, so nothing of it is cached.")
 
     # Why a site was switched off.

@@ -88,7 +88,8 @@ class PatchedModel:
         """Put back what another library has displaced, and add what only `target`, the pipeline, has."""
         for site in filter(self.handle.options.wants, self.spec.sites):
             is_of_stages = isinstance(site.address, StageAddress)
-            if is_of_stages and site.at not in self.sites and find_stages(target, self.model):
+            is_new = is_of_stages and site.at not in self.sites and find_stages(target, self.model)
+            if is_new or self._let_go_of_replaced(site):
                 self._bind(site, target)
         for patch in self.patches:
             patch.install()
@@ -134,6 +135,16 @@ class PatchedModel:
         # A generation may have several loops; what it ends with is one.
         self._listener = GenerationListener(target, self.model, lambda steps: None, self.begin_generation)
 
+    def _let_go_of_replaced(self, site: Site) -> bool:
+        """Return whether a site's module was replaced; its patches are then gone."""
+        patches = self.sites.get(site.at, [])
+        if not any(patch.is_replaced for patch in patches):
+            return False
+        for patch in self.sites.pop(site.at):
+            patch.remove()
+        self._binding.guards.drop_replaced()
+        return True
+
     def _bind(self, site: Site, target: Any) -> None:
         """Bind a site, or note why it is left out."""
         patches, finding = bind(self.spec, site, self._binding, target)
@@ -168,7 +179,9 @@ class PatchedModel:
             self.step_cache.note_forward()
         for finding in self._reach.findings(frame):
             self.findings[finding.site] = finding
-            if finding.kind.warning is not None:
+            if finding.kind is FindingKind.REPLACED and self.handle.is_automatic:
+                self.repair()
+            elif finding.kind.warning is not None:
                 warn(finding, stacklevel=2)
 
     def _end_spans(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:

@@ -52,6 +52,8 @@ class Reach:
         kind = FindingKind.UNREACHED
         if any(patch.is_displaced for patch in patches):
             kind = FindingKind.DISPLACED
+        elif any(patch.is_replaced for patch in patches):
+            kind = FindingKind.REPLACED
         elif at in self.reached:  # a site inside another is called only where that one has no result
             return None
         elif self._is_compiled(at):

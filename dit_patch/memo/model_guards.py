@@ -73,6 +73,12 @@ class ModelGuards:
         self.sites.append(site)
         self.forget()
 
+    def drop_replaced(self) -> None:
+        """Look no longer at what sites depend on whose modules are not in the model any more."""
+        tree = set(self.root.modules())
+        self.sites = [site for site in self.sites if all(module in tree for module in site.modules)]
+        self.forget()
+
     def look(self) -> int:
         """Return a number that changes whenever anything that counts has changed."""
         for still_holds in self._checks:

@@ -49,6 +49,10 @@ class Patch(Protocol):
         """Whether another library has taken it out of the way of the calls."""
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether another module stands in the place of the one that it is on."""
+
+    @property
     def fixes(self) -> bool:
         """Whether arguments are taken from the model's own call, which may change the result."""
 
@@ -127,6 +131,12 @@ class AttributePatch:
     def is_displaced(self) -> bool:
         """Whether another library has taken the layer out of the way of the calls."""
         return self._placement.is_displaced
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another module stands in the place of the one that the attribute belongs to."""
+        owner = self.attribute.owner
+        return isinstance(owner, torch.nn.Module) and all(owner is not each for each in self.model.modules())
 
     @property
     def fixes(self) -> bool:

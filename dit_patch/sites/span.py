@@ -47,6 +47,7 @@ class Span:
 
     #: It has no layer, and torch's hooks stay where they are.
     is_displaced = False
+    is_replaced = False
     fixes = False
     leaves_modes = True
 

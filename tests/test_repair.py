@@ -1,0 +1,111 @@
+"""A module that is replaced after apply(): noticed at the next forward, said once, and patched again by apply()."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dit_patch
+from dit_patch.findings import FindingKind
+
+
+class Linear(torch.nn.Linear):
+    """What stands for a Linear after it was quantised."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+def another_rope(model):
+    torch.manual_seed(1)
+    model.rope = type(model.rope)(12, (1, 2, 2), 32, theta=500.0)
+
+
+def quantised(model):
+    embedder = model.condition_embedder
+    layer = Linear(embedder.time_proj.in_features, embedder.time_proj.out_features)
+    layer.load_state_dict(embedder.time_proj.state_dict())
+    embedder.time_proj = layer.eval()
+
+
+def a_whole_embedder(model):
+    torch.manual_seed(2)
+    fresh = type(model)(**dict(model.config)).condition_embedder.eval()
+    model.condition_embedder = fresh
+
+
+REPLACEMENTS = {
+    "rope": (another_rope, {"rope.forward"}),
+    "one Linear": (quantised, {"condition_embedder.time_proj.forward"}),
+    "all embedders": (
+        a_whole_embedder,
+        {
+            f"condition_embedder.{name}.forward"
+            for name in ("timesteps_proj", "time_embedder", "time_proj", "text_embedder")
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("replace, sites", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_it_is_said_once_and_repaired_by_applying_again(wan, replace, sites):
+    handle, calls = wan.apply(), wan.calls()
+    wan.agree(calls), wan.agree(calls)
+    for model in wan.both:
+        replace(model)
+    with pytest.warns(UserWarning, match="another module in its place since apply") as said:
+        wan.agree(calls)
+    assert {each.message.finding.site for each in said} == sites
+    assert {each.message.finding.kind for each in said} == {FindingKind.REPLACED}
+    hits = wan.agree(calls)  # and no other warning
+    assert not sites & set(+hits)
+    assert all("another module stands in its place" in row.notes[0] for row in handle.stats() if row.at in sites)
+    assert dit_patch.apply(wan.model) is handle
+    wan.agree(calls)
+    hits = wan.agree(calls)
+    assert sites <= set(+hits)
+    assert not any("another module" in note for row in handle.stats() for note in row.notes)
+
+
+def test_what_was_replaced_is_let_go_after_the_repair(wan):
+    import gc
+    import weakref
+
+    wan.apply()
+    calls = wan.calls()
+    wan.agree(calls)
+    gone = weakref.ref(wan.model.rope)
+    for model in wan.both:
+        another_rope(model)
+    with pytest.warns(UserWarning, match="another module"):
+        wan.agree(calls)
+    dit_patch.apply(wan.model)
+    wan.agree(calls)
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_another_person_s_program_replaces_is_repaired_by_itself(wan):
+    handle, calls = wan.apply(), wan.calls()
+    handle.is_automatic = True
+    wan.agree(calls)
+    for model in wan.both:
+        another_rope(model)
+    wan.agree(calls)
+    wan.agree(calls)
+    assert wan.agree(calls)["rope.forward"] == len(calls)
+
+
+def test_nothing_is_left_of_the_patches_of_a_replaced_module(wan):
+    wan.apply()
+    calls = wan.calls()
+    wan.agree(calls)
+    old = wan.model.rope
+    for model in wan.both:
+        another_rope(model)
+    with pytest.warns(UserWarning, match="another module"):
+        wan.agree(calls)
+    dit_patch.apply(wan.model)
+    assert "forward" not in vars(old)
+    wan.handle.remove()
+    assert "forward" not in vars(wan.model.rope)
