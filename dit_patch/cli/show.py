@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..launch.flags import add_spec_arguments
+
+if TYPE_CHECKING:
+    from ..spec.model import Spec
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="as `dit-patch list` prints it, such as diffusers/wan")
+    parser.add_argument(
+        "--live", action="store_true", help="also patch the spec's small model, call it, and explain each site's calls"
+    )
     add_spec_arguments(parser)
 
 
@@ -46,4 +53,21 @@ def run(options: argparse.Namespace) -> int:
             print("    unused    the result is never read; a stand-in is returned")
         if site.unused_with:
             print(f"    unused    with {', '.join(site.unused_with)}: a stand-in is returned")
+    if options.live:
+        print(f"\n{_live(spec)}")
     return 0
+
+
+def _live(spec: Spec) -> str:
+    """Return how the sites did in a generation of two steps on the spec's small model."""
+    import torch
+
+    from ..handle import apply
+    from ..spec import mini
+
+    case = spec.mini.case()
+    model = mini.build(spec, case)
+    with torch.no_grad(), apply(model, only=[spec.name]) as handle:
+        for arguments in mini.repeat(mini.forwards(case, case.sizes[0], steps=2)):
+            model(**arguments)
+        return handle.explain()

@@ -69,6 +69,10 @@ class Handle(ReportedHandle):
         """Return one row per block list and pass of the last generation: steps, cached ones, differences, bytes."""
         return [row for step_cache in self.step_caches for row in step_cache.stats()]
 
+    def explain(self) -> str:
+        """Return what the results of each site depend on, and why its last call hit, was computed or passed through."""
+        return "\n".join(line for model in self.patched_models for line in model.explain())
+
     def begin_generation(self, steps: int | None = None) -> None:
         """Say that a generation begins, of that many steps; only for models that are called outside of a pipeline.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ..report.rows import SiteStats, site_stats
 from ..sites import layers, scope
 from ..sites.bind import bind
 from ..sites.binding import Binding
+from ..sites.explanation import explain
 from ..sites.patch import Patch
 from ..sites.pipeline_models import find_stages
 from ..sites.scope import Frame, Scope
@@ -99,6 +100,15 @@ class PatchedModel:
             self.step_cache.repair(target)
         for at in self._reach.forget():
             self.findings.pop(at, None)
+
+    def explain(self) -> Iterator[str]:
+        """Yield lines on each site, see `Handle.explain`."""
+        yield f"{self.name}  {type(self.model).__name__}  spec {self.spec.name}"
+        for at, patches in self.sites.items():
+            for line in explain(patches[0]):
+                yield f"  {line}"
+            if len(patches) > 1:
+                yield f"    and {len(patches) - 1} more places of {at}"
 
     def begin_generation(self) -> None:
         """Forget results that are known by the identity of tensors: what is in them may have been exchanged unseen.

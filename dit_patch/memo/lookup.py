@@ -62,6 +62,10 @@ class Memo:
         self.off: Finding | None = None
         self.bypassed: Counter[str] = Counter()
         self.seconds = float("inf")  # the fastest computation of a result so far
+        #: The keys of the last two results that were computed, for explanations.
+        self.missed: list[Hashable] = []
+        self._last_passed: tuple[int, str] = (0, "")
+        self._last_miss = 0
         self._checked: set[Hashable] = set()
         #: The number of hits at which one is computed again.
         self._next_check = float("inf") if check == "never" else FURTHER
@@ -119,6 +123,20 @@ class Memo:
     def bypass(self, reason: str) -> None:
         """Count a call that was passed through."""
         self.bypassed[reason] += 1
+        self._last_passed = self.calls, reason
+
+    @property
+    def calls(self) -> int:
+        """How many calls were answered, computed or passed through."""
+        return self.cache.hits + self.cache.misses + self.bypassed.total()
+
+    @property
+    def last_outcome(self) -> str:
+        """What the last call came to, in words."""
+        at, reason = self._last_passed
+        if at == self.calls:
+            return f"passed through: {reason}"
+        return "computed and stored" if self._last_miss == self.calls else "a hit"
 
     def switch_off(self, kind: FindingKind) -> None:
         """Pass every further call through, and say so once."""
@@ -149,6 +167,8 @@ class Memo:
 
     def _store(self, key: Hashable, call: Call) -> Any:
         self.cache.miss()
+        self._last_miss = self.calls
+        self.missed = [*self.missed[-1:], key]
         dependencies = call.dependencies()
         value = self.time(call.compute)
         try:
