@@ -6,6 +6,7 @@ import weakref
 import pytest
 
 from dit_patch.errors import SpecError
+from dit_patch.spec import registry
 from dit_patch.spec.loading import load
 from dit_patch.spec.registry import BUNDLED, Registry
 
@@ -231,3 +232,31 @@ class TestBundled:
 
     def test_no_two_are_for_one_class(self):
         assert Registry(plugins=False).classes()
+
+
+def test_a_file_is_read_again_only_where_it_has_changed(tmp_path, monkeypatch):
+    path = tmp_path / "one.yaml"
+    path.write_text("model: a.B\nsites:\n  - {at: rope.forward, kind: rope}\n")
+    read = []
+    load = registry.load
+    monkeypatch.setattr(registry, "load", lambda path, **options: read.append(path) or load(path, **options))
+
+    def sites():
+        return [site.at for site in Registry((tmp_path,), bundled=False, plugins=False).get("one").sites]
+
+    assert sites() == sites() == ["rope.forward"] and len(read) == 1
+    path.write_text("model: a.B\nsites:\n  - {at: other.rope.forward, kind: rope}\n")
+    assert sites() == ["other.rope.forward"] and len(read) == 2
+
+
+def test_a_base_that_has_changed_counts_for_what_extends_it(tmp_path):
+    base, spec = tmp_path / "base.yaml", tmp_path / "spec.yaml"
+    base.write_text("model: a.B\nsites:\n  - {at: rope.forward, kind: rope}\n")
+    spec.write_text("model: a.C\nextends: base\nsites:\n  - {at: own.forward, kind: rope}\n")
+
+    def sites():
+        return {site.at for site in Registry((tmp_path,), bundled=False, plugins=False).get("spec").sites}
+
+    assert sites() == sites() == {"rope.forward", "own.forward"}
+    base.write_text("model: a.B\nsites:\n  - {at: rope_of_base.forward, kind: rope}\n")
+    assert sites() == {"rope_of_base.forward", "own.forward"}

@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
+from weakref import WeakKeyDictionary
 
 
 def fingerprint(function: Callable) -> str:
@@ -29,7 +30,7 @@ def _collect(function: Callable, seen: dict[str, str]) -> None:
     name = f"{function.__module__}.{function.__qualname__}"
     if name in seen:
         return
-    seen[name] = _bare(inspect.getsource(function))
+    seen[name] = _bare(function)
     package = function.__module__.partition(".")[0]
     for called in function.__code__.co_names:
         value = function.__globals__.get(called)
@@ -37,8 +38,21 @@ def _collect(function: Callable, seen: dict[str, str]) -> None:
             _collect(inspect.unwrap(value), seen)
 
 
-def _bare(source: str) -> str:
-    """Return the source without docstrings, comments and layout."""
+_known: WeakKeyDictionary[Callable, tuple[CodeType, str]] = WeakKeyDictionary()
+"""What `_bare` has found of functions, each with the code that it was found for."""
+
+
+def _bare(function: Callable) -> str:
+    """Return the function's source without docstrings, comments and layout."""
+    if isinstance(function, FunctionType) and function in _known and _known[function][0] is function.__code__:
+        return _known[function][1]
+    bare = _without_comments(inspect.getsource(function))
+    if isinstance(function, FunctionType):
+        _known[function] = function.__code__, bare
+    return bare
+
+
+def _without_comments(source: str) -> str:
     tree = ast.parse(textwrap.dedent(source))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

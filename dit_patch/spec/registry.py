@@ -119,12 +119,14 @@ class Registry:
     def _files(self) -> dict[str, _File]:
         files: dict[str, _File] = {}
         seen: set[Path] = set()
-        for source in self._sources():
+        sources = list(self._sources())
+        for source in sources:
             for path in _yaml_files(source):
-                # A directory may be named twice, or lie inside another.
-                if path.resolve() in seen:
-                    continue
-                seen.add(path.resolve())
+                if len(sources) > 1:  # a directory may be named twice, or lie inside another
+                    real = path.resolve()
+                    if real in seen:
+                        continue
+                    seen.add(real)
                 name = path.relative_to(source.root).with_suffix("").as_posix()
                 if name in files:
                     raise SpecError(f"two specs are called {quote(name)}: {files[name].path} and {path}; rename one")
@@ -168,9 +170,9 @@ class Registry:
         if name in self._loaded:
             return self._loaded[name]
         path, trusted = self._files[name]
-        spec = load(path, name=name, trusted=trusted)
+        spec = _load_once(path, name, trusted)
         if spec.extends is not None:
-            spec = extend(self._base(spec, (*extending, name)), spec)
+            spec = _extend_once(path, self._base(spec, (*extending, name)), spec)
         self._loaded[name] = spec
         return spec
 
@@ -183,6 +185,32 @@ class Registry:
             hint = suggest(base, self._files) or f". Known: {', '.join(self.names())}"
             raise SpecError(f"{spec.position('extends')}: extends: no spec {quote(base)}{hint}")
         return self._load(base, extending)
+
+
+_read: dict[tuple[Path, str, bool], tuple[tuple[int, ...], Spec]] = {}
+"""Specs as they were last read in this process, each with what told the file from an earlier one."""
+
+
+_extended: dict[Path, tuple[Spec, Spec, Spec]] = {}
+"""Specs that extend another, by their file: the base, the spec alone, and both together, as they were last."""
+
+
+def _extend_once(path: Path, base: Spec, spec: Spec) -> Spec:
+    """Return the spec with what it has from its base; put together again only if one of them is another."""
+    known = _extended.get(path)
+    if known is None or known[0] is not base or known[1] is not spec:
+        known = _extended[path] = base, spec, extend(base, spec)
+    return known[2]
+
+
+def _load_once(path: Path, name: str, trusted: bool) -> Spec:
+    """Return the spec in a file, without what it extends; read again only if the file is another."""
+    file = path.stat()
+    stamp = file.st_mtime_ns, file.st_size, file.st_ino
+    known = _read.get((path, name, trusted))
+    if known is None or known[0] != stamp:
+        known = _read[path, name, trusted] = stamp, load(path, name=name, trusted=trusted)
+    return known[1]
 
 
 def _yaml_files(source: _Source) -> list[Path]:
