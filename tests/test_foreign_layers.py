@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_patch import SiteError
+from dit_patch.contribute import verify
 from dit_patch.spec.registry import Registry
 
 DIFFUSERS = [name for name in Registry(plugins=False).names() if name.startswith("diffusers/")]
@@ -149,3 +150,23 @@ def test_by_keyword_it_is_the_same_argument(patched):
 def test_a_name_that_nobody_has_is_an_error_of_the_spec_still(patched):
     with pytest.raises(SiteError, match="no parameter `inpt`; did you mean `input`"):
         patched("  - {at: embed.first.forward, kind: context, key: {inpt: [identity]}}")
+
+
+def test_a_hotswapped_adapter_is_seen(wan):
+    """diffusers writes the other adapter's weights through `.data`, which leaves no version behind."""
+    peft = pytest.importorskip("peft")
+    targets = ["condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1"]
+    for model in wan.both:
+        add_lora(model, targets).requires_grad_(False)
+    wan.apply()
+    calls = wan.calls(steps=1)
+    before = verify.run(wan.plain, calls)
+    for _ in range(3):
+        wan.agree(calls)
+    state = peft.get_peft_model_state_dict(wan.plain, adapter_name="style")
+    other = {f"transformer.{name}": 3 * tensor + 0.5 for name, tensor in state.items()}
+    for model in wan.both:
+        model.load_lora_adapter(dict(other), adapter_name="style", hotswap=True, prefix="transformer")
+    wan.agree(calls)
+    wan.agree(calls)
+    assert verify.first_difference(before, verify.run(wan.plain, calls)) is not None

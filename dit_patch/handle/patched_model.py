@@ -27,7 +27,7 @@ from .reach import Reach
 if TYPE_CHECKING:
     from .handle import Handle
 
-_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
+_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora", "load_lora_adapter")
 """Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
 
 
