@@ -24,8 +24,9 @@ def test_a_star_stands_for_every_child_each_with_results_of_its_own(patched):
 
 def test_a_staticmethod_of_the_model(patched):
     model, plain, handle = patched("- {at: prepare_mask, kind: mask}")
+    agree(model, plain, toys.inputs())  # which leaves an attribute on the model that was not there before
     agree(model, plain, toys.inputs(), toys.inputs(), {"x": torch.ones(1, 6)})
-    assert counts(handle, "prepare_mask") == (1, 2, {})
+    assert counts(handle, "prepare_mask") == (1, 3, {})
 
 
 @pytest.mark.parametrize("at", ["forward:shift", "toys:shift"])

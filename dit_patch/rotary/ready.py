@@ -37,21 +37,22 @@ class ReadyRotation:
         self._shape, self._in_pairs = shape, (*shape[:-1], *((half, 2) if interleaved else (2, half)))
         self._tables, self._interleaved, self._arithmetic = tables, interleaved, arithmetic
         self._is_apart = is_apart
-        #: The tables of the last call, weakly, with their versions, and what was made of them.
-        self._known: tuple[Any, ...] = (lambda: None, lambda: None, 0, 0)
-        self._made: tuple[torch.Tensor, ...] = ()
+        #: The tables of the last call, weakly, with their versions, and what was made of them; one object, as another
+        #: thread may come with other tables at any time.
+        self._known: tuple[Any, ...] = (lambda: None, lambda: None, 0, 0, ())
 
     def __repr__(self) -> str:
-        return f"<ReadyRotation: {'one product' if len(self._made) == 1 else 'four operations'}>"
+        return f"<ReadyRotation: {'one product' if len(self._known[-1]) == 1 else 'four operations'}>"
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Return the rotated tensor."""
-        of_cos, of_sin, cos_version, sin_version = self._known
+        of_cos, of_sin, cos_version, sin_version, made = self._known
         is_known = of_cos() is cos and of_sin() is sin
         if not (is_known and tensor_version(cos) == cos_version and tensor_version(sin) == sin_version):
-            self._made = self._make(x, cos, sin)
-            self._known = weakref.ref(cos), weakref.ref(sin), tensor_version(cos), tensor_version(sin)
-        rotated = self._multiply(x) if len(self._made) == 1 else self._turn(x)
+            versions = tensor_version(cos), tensor_version(sin)
+            made = self._make(x, cos, sin)
+            self._known = weakref.ref(cos), weakref.ref(sin), *versions, made
+        rotated = self._multiply(x, *made) if len(made) == 1 else self._turn(x, *made)
         if rotated.dtype is x.dtype:
             return rotated
         if not self._is_apart:
@@ -74,15 +75,13 @@ class ReadyRotation:
         cosines, sines = torch.stack((c, c_of_second), dim=at), torch.stack((-s, s_of_second), dim=at)
         return cosines.to(compute), sines.to(compute)
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        (table,) = self._made
+    def _multiply(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         pairs = x.view(self._in_pairs)
         if x.dtype is not torch.float32 or table.dtype is not torch.complex64:
             pairs = pairs.to(table.real.dtype)
         return torch.view_as_real(torch.view_as_complex(pairs) * table).view(self._shape)
 
-    def _turn(self, x: torch.Tensor) -> torch.Tensor:
-        cosines, sines = self._made
+    def _turn(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         pairs = x.view(self._in_pairs).to(cosines.dtype)
         others = pairs.flip(-1 if self._interleaved else -2)
         # (a cos - b sin, b cos + a sin): a sum with the negated product has the bits of the difference.
