@@ -330,3 +330,37 @@ def test_a_merge_of_fastvideo_s_lora_is_seen_by_the_layer_s_own_flag():
         setattr(model[0], name, value)
         assert state.epoch() > epoch, name
         epoch = state.epoch()
+
+
+def test_what_cannot_be_looked_at_makes_sites_step_aside_and_no_forward_fail():
+    class Gone:
+        pass
+
+    module = Both()
+    watched = state(module)
+    with torch.no_grad():
+        watched.epoch()
+        thing = Gone()
+        module.proxy = weakref.proxy(thing)
+        del thing
+        with pytest.raises(Uncacheable, match="cannot be looked at .ReferenceError"):
+            watched.epoch()
+        del module.proxy
+        watched.epoch()
+
+
+def test_a_container_that_changes_while_it_is_looked_at_is_another_epoch():
+    class Restless(dict):
+        def __iter__(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+    module = Both()
+    module.options = {"scale": 1.0}
+    watched = state(module)
+    with torch.no_grad():
+        before = watched.epoch()
+        module.options = Restless()
+        with pytest.raises(Uncacheable, match="changed size during iteration"):
+            watched.epoch()
+        module.options = {"scale": 1.0}
+        assert watched.epoch() > before

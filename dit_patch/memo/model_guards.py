@@ -21,6 +21,7 @@ from .guards import (
     ContainerGuard,
     ForwardGuard,
     FunctionGuard,
+    Guard,
     HookGuard,
     LooseTensorGuard,
     MembersGuard,
@@ -81,11 +82,18 @@ class ModelGuards:
 
     def look(self) -> int:
         """Return a number that changes whenever anything that counts has changed."""
-        for still_holds in self._checks:
-            if not still_holds():
-                self._look()
-                break
+        if not self._holds():
+            self._look()
         return self.epoch
+
+    def _holds(self) -> bool:
+        try:
+            for still_holds in self._checks:
+                if not still_holds():
+                    return False
+        except Exception:  # what is looked at is other people's, and another thread may be changing it
+            return False
+        return True
 
     def forget(self) -> None:
         """Let go of what was found; results before the next look are of another epoch."""
@@ -96,28 +104,35 @@ class ModelGuards:
 
     def _look(self) -> None:
         with self._lock:
-            world = _World(self)
-            for site in self.sites:
-                world.add(site)
-            found = world.found
-            guards = [
-                HookGuard(world.hooks.values()),
-                TypeGuard(world.modules),
-                NamesGuard(world.spaces),
-                AttributeGuard(world.holders),
-                MembersGuard([*world.groups, *world.families, *found.classes]),
-                ContainerGuard(found.containers),
-                CellGuard(found.cells),
-                FunctionGuard(found.functions),
-                PartialGuard(found.partials),
-                LooseTensorGuard(found.tensors),
-                ModuleGuard(world.families),
-                PlaceGuard(place for site in self.sites for place in site.places if place is not None),
-                ForwardGuard(self.root),
-                NumericsGuard(),
-            ]
-            self._checks = tuple(guard.still_holds for guard in guards)
             self.epoch += 1
+            try:
+                self._checks = tuple(guard.still_holds for guard in self._guards())
+            except Exception as error:  # as where a weak proxy has lost what it stood for; the model may not need it
+                self._checks = (bool,)
+                for site in self.sites:
+                    site.refusal = f"what it depends on cannot be looked at ({type(error).__name__}: {error})"
+
+    def _guards(self) -> list[Guard]:
+        world = _World(self)
+        for site in self.sites:
+            world.add(site)
+        found = world.found
+        return [
+            HookGuard(world.hooks.values()),
+            TypeGuard(world.modules),
+            NamesGuard(world.spaces),
+            AttributeGuard(world.holders),
+            MembersGuard([*world.groups, *world.families, *found.classes]),
+            ContainerGuard(found.containers),
+            CellGuard(found.cells),
+            FunctionGuard(found.functions),
+            PartialGuard(found.partials),
+            LooseTensorGuard(found.tensors),
+            ModuleGuard(world.families),
+            PlaceGuard(place for site in self.sites for place in site.places if place is not None),
+            ForwardGuard(self.root),
+            NumericsGuard(),
+        ]
 
     def has_foreign(self, hooks: Mapping[int, Callable]) -> bool:
         """Return whether there is a hook among these that is not ours."""
