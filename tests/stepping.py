@@ -12,7 +12,7 @@ import dit_patch
 from dit_patch.bench.step_cache.harness import enable_cache_dit
 from dit_patch.pipelines import tiny_pipelines
 from dit_patch.spec import mini
-from dit_patch.step_cache import guards
+from dit_patch.step_cache import requirements
 
 EAGER = {"fn": 1, "warmup": 2, "threshold": 0.5, "min_steps": 0}
 """Caches a good part of what an untrained model does."""
@@ -97,7 +97,7 @@ def cache_dit_alone(model, spec, *, fn: int, bn: int, threshold: float, warmup: 
 
         ChromaPatchFunctor()._apply(model)
     decisions = [
-        guards.cache_dit().DBCacheConfig(
+        requirements.cache_dit().DBCacheConfig(
             Fn_compute_blocks=fn, Bn_compute_blocks=bn, residual_diff_threshold=threshold, max_warmup_steps=warmup
         )
         for _ in spec.blocks

@@ -19,7 +19,7 @@ from dit_patch import StepCacheError
 from dit_patch.contribute import verify
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
-from dit_patch.step_cache import guards
+from dit_patch.step_cache import requirements
 
 pytestmark = pytest.mark.spread("name")
 
@@ -95,7 +95,7 @@ def test_same_skips_and_bits_as_cache_dit_alone(name, calibrator):
     case = stepping.deep(spec, 4)
     ours, theirs, plain = twins(spec, case, 3)
     calls = stepping.steps(spec, case)
-    caching = guards.cache_dit()
+    caching = requirements.cache_dit()
     config = {
         None: None,
         "taylorseer": caching.TaylorSeerCalibratorConfig(taylorseer_order=1),

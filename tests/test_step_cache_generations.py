@@ -25,7 +25,7 @@ from dit_patch import DitPatchError, StepCacheError
 from dit_patch.contribute import verify
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
-from dit_patch.step_cache import guards
+from dit_patch.step_cache import requirements
 
 pytestmark = pytest.mark.filterwarnings("ignore:dit_patch. step cache of")
 
@@ -574,7 +574,7 @@ def test_masks_by_name_need_the_number_of_steps():
             verify.run(model, calls)
         handle.begin_generation(steps=8)
         verify.run(model, calls)
-        mask = guards.cache_dit().steps_mask(total_steps=8, mask_policy="fast")
+        mask = requirements.cache_dit().steps_mask(total_steps=8, mask_policy="fast")
         assert all(row.cached == tuple(at for at, one in enumerate(mask) if not one) for row in handle.step_stats())
 
 

@@ -656,8 +656,29 @@ class TestCacheDit:
         adapter = cache_dit.BlockAdapter(
             transformer=model, blocks=model.blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_3
         )
+        assert not cache_dit_internals.is_on(model)
         cache_dit.enable_cache(adapter)
         assert cache_dit_internals.is_cached_forward(model.forward)
+        assert cache_dit_internals.is_on(model)
+        cache_dit.disable_cache(adapter)
+
+    def test_is_on(self):
+        assert not cache_dit_internals.is_on(module())
+
+    def test_cached_steps(self):
+        cache_dit = pytest.importorskip("cache_dit")
+        spec = Registry().get("diffusers/wan")
+        case = spec.mini.case()
+        model = mini.build(spec, case)
+        adapter = cache_dit.BlockAdapter(
+            transformer=model, blocks=model.blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_3
+        )
+        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1))
+        with torch.no_grad():
+            for arguments in list(mini.forwards(case, case.sizes[0], steps=1))[:1]:
+                model(**arguments)
+        (name, cond, uncond), *others = cache_dit_internals.cached_steps(model)
+        assert "blocks" in name and cond == uncond == () and not others
         cache_dit.disable_cache(adapter)
 
     @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import StepCacheError
 from ..findings import Finding, FindingKind, warn
-from . import guards
+from . import requirements
 from .config import MASKS, StepCache
 
 
@@ -20,7 +20,7 @@ class CacheDitConfig:
 
     def __init__(self, config: StepCache, label: str) -> None:
         self.config, self.label = config, label
-        self._caching = guards.cache_dit()
+        self._caching = requirements.cache_dit()
 
     def __repr__(self) -> str:
         return f"<CacheDitConfig of {self.label}: {self.config}>"

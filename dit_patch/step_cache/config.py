@@ -11,13 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import StepCacheError, quote, suggest
 from ..spec.messages import one_of
-
-if TYPE_CHECKING:
-    from ..bench.step_cache.calibrate import Calibration
+from .calibration import Calibration
 
 CALIBRATORS = ("taylorseer", "foca", "dmd")
 MASKS = ("slow", "medium", "fast", "ultra")

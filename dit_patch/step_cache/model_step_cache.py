@@ -18,7 +18,7 @@ from ..memo.results import same, tensors_in
 from ..sites import layers, pipeline_models, resolve
 from ..spec.model import Spec
 from ..upstream.torch_internals import children, is_capturing
-from . import guards, ranks
+from . import ranks, requirements
 from .block_list import CachedBlockList
 from .cache_dit_config import CacheDitConfig
 from .config import StepCache
@@ -55,7 +55,7 @@ class ModelStepCache:
     def __init__(self, name: str, model: torch.nn.Module, spec: Spec, target: Any, config: StepCache) -> None:
         self.model, self.spec, self.config = model, spec, config
         self.label = f"{name} ({type(model).__name__})"
-        guards.check_spec(spec, self.label)
+        requirements.check_spec(spec, self.label)
         self.cache_dit = CacheDitConfig(config, self.label)
         self.block_lists = [
             CachedBlockList(*self._block_list(each.at), each.pattern, f"{self.label}.{each.at}") for each in spec.blocks
@@ -160,7 +160,7 @@ class ModelStepCache:
         return self.cache_dit.of_blocks(len(block_list.blocks), block_list.label, steps, config)
 
     def _check_model(self, target: Any) -> None:
-        guards.check_model(self.model, target, [each.blocks for each in self.block_lists], self.label)
+        requirements.check_model(self.model, target, [each.blocks for each in self.block_lists], self.label)
 
     def _block_list(self, path: str) -> tuple[torch.nn.Module, str]:
         place, _, name = path.rpartition(".")

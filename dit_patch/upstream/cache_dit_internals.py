@@ -38,6 +38,26 @@ def is_cached_forward(forward: Any) -> bool:
     return getattr(forward, "__qualname__", "").endswith(".new_forward_with_hf_hook")
 
 
+def is_on(model: torch.nn.Module) -> bool:
+    """Return whether `cache_dit.enable_cache` was called on the model: it has `_is_cached` or `_context_manager`.
+
+    Nothing public says so. Two step caches on one model would skip blocks inside skipped blocks. False where both names
+    are gone.
+    """
+    return "_is_cached" in vars(model) or "_context_manager" in vars(model)
+
+
+def cached_steps(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yield the name of each context of a cached model, and the steps that it skipped with the prompt and without.
+
+    `_context_names` and `_context_manager` are on the model, `cached_steps` and `cfg_cached_steps` on each context;
+    `cache_dit.summary` has the same in print. It is what ours is compared with.
+    """
+    for name in model._context_names:
+        context = model._context_manager.get_context(name)
+        yield name, tuple(context.cached_steps), tuple(context.cfg_cached_steps)
+
+
 def first_residual(
     manager: Any, owner: torch.nn.Module, name: str, pattern: int, label: str
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

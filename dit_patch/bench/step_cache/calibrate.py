@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,45 +17,13 @@ from ...errors import StepCacheError, quote
 from ...pipelines import sampling
 from ...pipelines.quality import check_needed, likeness
 from ...step_cache.block_list import CachedBlockList
+from ...step_cache.calibration import Calibration, Point
 from ...step_cache.config import StepCache
 from ...step_cache.model_step_cache import ModelStepCache
 
 SAMPLE = 1 << 16
 """Elements of a residual that are kept of each step; the mean over them is the decision's to about a percent."""
 GRID = tuple(round(0.01 * 1.12**step, 4) for step in range(41))  # 0.01 to 0.93
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one threshold was predicted to do, and what it did where it was tried; `speedup` is of the whole call."""
-
-    threshold: float
-    cached: int
-    steps: int
-    speedup: float
-    measured: float | None = None
-    ssim: float | None = None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`points` by threshold; `chosen` is the one that met the target."""
-
-    target: str
-    points: tuple[Point, ...]
-    chosen: Point
-
-    def __str__(self) -> str:
-        lines = [f"calibrated for {self.target}", "  threshold  cached     predicted  measured  SSIM"]
-        for point in self.points:
-            measured = "" if point.measured is None else f"{point.measured:.2f}x"
-            ssim = "" if point.ssim is None else f"{point.ssim:.4f}"
-            mark = "  <- chosen" if point.threshold == self.chosen.threshold else ""
-            lines.append(
-                f"  {point.threshold:<9g}  {point.cached:>3} of {point.steps:<3}  {point.speedup:>8.2f}x  "
-                f"{measured:>8}  {ssim:>6}{mark}".rstrip()
-            )
-        return "\n".join(lines)
 
 
 def calibrate(

@@ -24,10 +24,10 @@ NEEDED = {
 def run(options: argparse.Namespace) -> int:
     """Compare, print the table, write `report.html`, `runs.csv` and `frames.csv`; 1 where the comparison is void."""
     extras.require("bench step-cache", NEEDED, "cache-bench", StepCacheError)
-    from ...step_cache import guards
+    from ...step_cache import requirements
     from . import document, harness
 
-    guards.cache_dit()
+    requirements.cache_dit()
     knobs = _knobs(options.set)
     configs = _configs(options, knobs)
     for name in ("steps", "repeats"):

@@ -24,9 +24,10 @@ from ...handle import apply
 from ...pipelines import sampling
 from ...pipelines.quality import Likeness, likeness, lpips_is_at_hand
 from ...spec.model import Spec
-from ...step_cache import guards
+from ...step_cache import requirements
 from ...step_cache.config import StepCache
 from ...step_cache.model_step_cache import ModelStepCache
+from ...upstream import cache_dit_internals
 from ..surroundings import environment, version
 
 BASELINE, AGAIN = "baseline", "baseline again"
@@ -331,7 +332,7 @@ def enable_cache_dit(
     model: torch.nn.Module, spec: Spec, decisions: Sequence[Any], calibrator: Any, *, cfg: bool
 ) -> None:
     """cache-dit's own switch on a model: a `DBCacheConfig` for each block list, and a calibrator's configuration."""
-    caching = guards.cache_dit()
+    caching = requirements.cache_dit()
     for each in decisions:
         each.enable_separate_cfg = cfg
     adapter = caching.BlockAdapter(
@@ -349,7 +350,7 @@ def enable_cache_dit(
 
 def _cache_dit_alone(pipeline: Any, config: StepCache, passes: int) -> tuple[Any, Callable, Callable]:
     """cache-dit's own switch on copies of the transformers, for it does not leave a model as it found it."""
-    caching = guards.cache_dit()
+    caching = requirements.cache_dit()
     copied = copy.copy(pipeline)
     models = []
     for name, (model, spec) in sampling.transformers(pipeline).items():
@@ -367,11 +368,10 @@ def _cache_dit_alone(pipeline: Any, config: StepCache, passes: int) -> tuple[Any
     def read() -> tuple[dict[str, tuple[int, ...]], float, tuple[str, ...]]:
         cached = {}
         for model in models:
-            for name in model._context_names:
-                context = model._context_manager.get_context(name)
-                cached[f"{name} cond"] = tuple(context.cached_steps)
+            for name, cond, uncond in cache_dit_internals.cached_steps(model):
+                cached[f"{name} cond"] = cond
                 if passes > 1:
-                    cached[f"{name} uncond"] = tuple(context.cfg_cached_steps)
+                    cached[f"{name} uncond"] = uncond
         return cached, 0.0, ()
 
     return copied, refresh, read

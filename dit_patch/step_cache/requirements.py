@@ -13,7 +13,7 @@ from packaging.version import Version
 from ..errors import StepCacheError
 from ..sites.pipeline_models import is_compiled_in
 from ..spec.model import Spec
-from ..upstream import diffusers_internals, fastvideo_internals
+from ..upstream import cache_dit_internals, diffusers_internals, fastvideo_internals
 
 OLDEST, NEXT = "1.5.3", "1.6"
 """The first cache-dit that this was checked with (before, max_continuous counts otherwise), and the first not."""
@@ -81,7 +81,7 @@ def _problems(model: torch.nn.Module, target: Any, blocks: list[torch.nn.ModuleL
     if getattr(model, "is_cache_enabled", False):
         config = diffusers_internals.cache_config_name(model)
         yield f"diffusers' own caching is on ({config})", "Call its disable_cache() first, or leave out step_cache."
-    if "_is_cached" in vars(model) or "_context_manager" in vars(model):
+    if cache_dit_internals.is_on(model):
         yield "cache-dit is on already", "Call cache_dit.disable_cache(...) first, or leave out step_cache."
     libraries = (diffusers_internals, fastvideo_internals)
     if any(library.prefetches(block) for library in libraries for each in blocks for block in each):

@@ -13,7 +13,7 @@ import dit_patch
 from dit_patch import StepCacheError
 from dit_patch.spec import mini
 from dit_patch.spec.registry import Registry
-from dit_patch.step_cache import guards
+from dit_patch.step_cache import requirements
 
 needs_cache_dit = pytest.mark.skipif(util.find_spec("cache_dit") is None, reason="needs cache-dit")
 
@@ -60,7 +60,7 @@ def test_the_distribution_is_asked_not_the_module(monkeypatch):
     import cache_dit
 
     monkeypatch.setattr(cache_dit, "__version__", "1.3.13.dev9")
-    assert guards.cache_dit().DBCacheConfig
+    assert requirements.cache_dit().DBCacheConfig
 
 
 @needs_cache_dit
