@@ -142,8 +142,8 @@ class PatchedModel:
 
     def _listen_to(self, target: Any) -> None:
         self.remove()
-        # A generation may have several loops; what it ends with is one.
-        self._listener = GenerationListener(target, self.model, lambda steps: None, self.begin_generation)
+        # A generation may have several loops, and has one end.
+        self._listener = GenerationListener(target, self.model, None, self.begin_generation)
 
     def _let_go_of_replaced(self, site: Site) -> bool:
         """Return whether a site's module was replaced; its patches are then gone."""

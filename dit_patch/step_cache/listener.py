@@ -19,7 +19,8 @@ class GenerationListener:
 
     Args:
         target: the pipeline, or the model itself.
-        on_start: called with the number of steps that the model will take, None where that is not known.
+        on_start: called with the number of steps that the model will take, None where that is not known; None if only
+            ends are of interest. Then the pipeline itself is left alone where its model hears of them.
         on_end: called when a generation has ended.
     """
 
@@ -27,7 +28,7 @@ class GenerationListener:
         self,
         target: Any,
         model: torch.nn.Module,
-        on_start: Callable[[int | None], None],
+        on_start: Callable[[int | None], None] | None,
         on_end: Callable[[], None],
     ) -> None:
         self.target, self.model, self.on_start, self.on_end = target, model, on_start, on_end
@@ -35,12 +36,12 @@ class GenerationListener:
         self._boundary: float | None = None
         stages = pipeline_models.find_stages(target, model)
         self._owners = stages or [target] * (target is not model)
-        for owner in self._owners:
+        for owner in self._owners if on_start is not None else ():
             self._listen(owner, "progress_bar", self._loop_of(owner))
             self._listen(getattr(owner, "scheduler", None), "set_timesteps", self._schedule_of(owner))
         for stage in stages:
             self._listen(stage, "forward", self._stage)
-        if target is not model:
+        if target is not model and (on_start is not None or not hasattr(model, RESET_STATE)):
             self._listen(target, "maybe_free_model_hooks", self._after)
         self._listen(model, RESET_STATE, self._after)
         #: Whether there is somebody who says when a loop begins.
