@@ -6,9 +6,9 @@ import csv
 
 import pytest
 import torch
+from conftest import skip_unless_installed
 
 from dit_patch.bench import host
-from dit_patch.bench.surroundings import installed
 from dit_patch.cli import main
 from dit_patch.spec.registry import Registry
 
@@ -43,8 +43,7 @@ def test_one_part_alone(capsys):
 
 @pytest.mark.parametrize("spec", list(Registry(plugins=False)), ids=lambda spec: spec.name)
 def test_a_mini_that_cannot_be_deepened_is_measured_as_it_is(spec):
-    if not installed(spec):
-        pytest.skip(f"{spec.name} needs {', '.join(spec.requires)}")
+    skip_unless_installed(spec)
     case, depth = host.deepened(spec, 6)
     assert depth in ("6 layers", "mini's depth")
     assert (case.config != spec.mini.config) == (depth == "6 layers")

@@ -94,9 +94,10 @@ def test_lora_on_every_linear_may_come_first(tiny, name):
     each.agree(calls)
     hits = each.agree(calls)
     assert all(hits[row.at] for row in each.handle.stats() if row.misses)
-    for model in each.both:
-        model.set_adapters("style", 0.25)
-    each.agree(calls)
+    if name != "diffusers/skyreels_v2":  # whose adapters diffusers 0.35 cannot weigh
+        for model in each.both:
+            model.set_adapters("style", 0.25)
+        each.agree(calls)
     for model in each.both:
         model.disable_adapters()
     each.agree(calls)
@@ -166,7 +167,12 @@ def test_a_hotswapped_adapter_is_seen(wan):
     state = peft.get_peft_model_state_dict(wan.plain, adapter_name="style")
     other = {f"transformer.{name}": 3 * tensor + 0.5 for name, tensor in state.items()}
     for model in wan.both:
-        model.load_lora_adapter(dict(other), adapter_name="style", hotswap=True, prefix="transformer")
+        model.load_lora_adapter(
+            {name: each.clone() for name, each in other.items()},
+            adapter_name="style",
+            hotswap=True,
+            prefix="transformer",
+        )
     wan.agree(calls)
     wan.agree(calls)
     assert verify.first_difference(before, verify.run(wan.plain, calls)) is not None

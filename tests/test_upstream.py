@@ -404,11 +404,11 @@ class TestDiffusers:
             FirstBlockCacheConfig,
             apply_first_block_cache,
             apply_layerwise_casting,
-            context_parallel,
             group_offloading,
             layerwise_casting,
         )
 
+        context_parallel = pytest.importorskip("diffusers.hooks.context_parallel")  # since diffusers 0.36
         model = module()
         apply_layerwise_casting(model, torch.float16, torch.float32)
         hooks = [hook for each in model.modules() for hook in diffusers_internals.hooks(each)]

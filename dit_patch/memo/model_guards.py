@@ -251,7 +251,7 @@ class _World:
 
 
 def _is_public_tensor(name: str, value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not name.startswith("_")
+    return isinstance(value, torch.Tensor) and not value.is_meta and not name.startswith("_")
 
 
 def _can_be_compared(forward: Any) -> bool:

@@ -133,6 +133,8 @@ class Reachable:
         return True
 
     def _add_tensor(self, tensor: torch.Tensor) -> None:
+        if tensor.is_meta:  # nothing is computed with it
+            return
         if type(tensor) not in PLAIN or tensor.is_inference() or tensor.layout is not torch.strided:
             self.is_opaque = True
         else:
@@ -214,7 +216,7 @@ def _is_value_of_class(name: str, value: Any) -> bool:
 
 def _is_tensor(value: Any) -> bool:
     """Return whether an attribute of a module is a tensor: these are compared at each call, as weights are."""
-    return isinstance(value, torch.Tensor)
+    return isinstance(value, torch.Tensor) and not value.is_meta
 
 
 def _is_left_by_forwards(value: Any) -> bool:
