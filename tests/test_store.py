@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import weakref
 
 import torch
 
@@ -219,3 +220,16 @@ def test_an_entry_notices_a_write_to_any_of_its_tensors_and_to_their_views():
     assert not held.is_modified()
     tensors[1].view(2, 1)[0].zero_()
     assert held.is_modified()
+
+
+def test_what_is_given_up_is_freed_at_once():
+    budget, cache = caches(2000, count=1)
+    kept = []
+    for number in range(20):
+        one = entry()
+        assert cache.put(number, one)
+        kept.append(weakref.ref(one))
+    del one
+    forwards_go_by(budget)
+    assert cache.put("large", entry(1000))
+    assert [each() is None for each in kept].count(True) == 10 == cache.evictions

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -150,11 +150,10 @@ class Cache:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.entries: dict[Hashable, Entry] = {}
+        self.entries: OrderedDict[Hashable, Entry] = OrderedDict()  # in the order in which they are looked at
         self.hits = 0
         self.misses = 0
         self.evictions = 0
-        self._round: deque[Entry] = deque()  # in the order in which they are looked at
 
     def __repr__(self) -> str:
         return f"<Cache: {len(self.entries)} entries, {self.hits} hits, {self.misses} misses>"
@@ -184,7 +183,6 @@ class Cache:
                 return False
             entry.cache, entry.key = self, key
             self.entries[key] = entry
-            self._round.append(entry)
             return True
 
     def _sweep(self) -> None:
@@ -192,15 +190,13 @@ class Cache:
 
         More are looked at than one put adds, so that all have their turn, and a miss costs the same at any size.
         """
-        for _ in range(min(_SHARE, len(self._round))):
-            old = self._round.popleft()
-            if self.entries.get(old.key) is not old:
-                continue
+        for _ in range(min(_SHARE, len(self.entries))):
+            old = next(iter(self.entries.values()))
             too_many = len(self.entries) >= MOST and self.budget.is_idle(old)
             if too_many or not all(alive() for alive in old.alive):
                 self.drop(old)
             else:
-                self._round.append(old)
+                self.entries.move_to_end(old.key)
 
     def drop(self, entry: Entry) -> None:
         with self.budget.lock:
@@ -212,7 +208,6 @@ class Cache:
         with self.budget.lock:
             for entry in list(self.entries.values()):
                 self.drop(entry)
-            self._round.clear()
 
     @property
     def nbytes(self) -> int:
