@@ -147,7 +147,7 @@ class Handle(ReportedHandle):
         for layer in reversed(self._layers):
             layers.remove(layer)
         for model in reversed(self.patched_models):
-            model.remove()
+            model.stop_listening()
             if model.scope is not None:
                 model.scope.remove()
             asleep += [patch.label for patch in reversed(model.patches) if not patch.remove()]

@@ -117,10 +117,10 @@ class PatchedModel:
         """
         for patch in self.patches:
             if isinstance(patch, Span) or any("identity" in facets for facets in patch.site.key.values()):
-                patch.clear_results()
+                patch.memo.cache.clear()
 
-    def remove(self) -> None:
-        """Stop listening for generations."""
+    def stop_listening(self) -> None:
+        """Hear no longer of generations that end."""
         if self._listener is not None:
             self._listener.remove()
 
@@ -141,7 +141,7 @@ class PatchedModel:
         ]
 
     def _listen_to(self, target: Any) -> None:
-        self.remove()
+        self.stop_listening()
         # A generation may have several loops, and has one end.
         self._listener = GenerationListener(target, self.model, None, self.begin_generation)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,7 +54,9 @@ def context_key(constant: bool = False) -> Hashable:
             CUDA graph would replay them.
     """
     if count_dispatch_modes():
-        _refuse_dispatch_modes()
+        if is_fake_mode_active():
+            raise Uncacheable("fake tensors")
+        _refuse_foreign(dispatch_modes())
     if tracing_state() is not None:
         raise Uncacheable("tracing")
     if is_functorch_active():
@@ -63,7 +65,7 @@ def context_key(constant: bool = False) -> Hashable:
         raise Uncacheable("forward-mode differentiation")
     has_function_modes = count_function_modes()
     if has_function_modes:
-        _refuse_function_modes()
+        _refuse_foreign(function_modes())
     if not is_any_autocast_enabled() and not is_cuda_initialized():
         return default_device() if has_function_modes else None
     stream = raw_stream(torch.cuda.current_device()) if is_cuda_initialized() else None
@@ -91,16 +93,9 @@ def on_a_real_device() -> AbstractContextManager:
     return torch.device("cpu") if default is not None and default.type == "meta" else nullcontext()
 
 
-def _refuse_dispatch_modes() -> None:
-    if is_fake_mode_active():
-        raise Uncacheable("fake tensors")
-    for mode in dispatch_modes():
-        if type(mode) not in transparent_modes:
-            raise Uncacheable(f"a {type(mode).__name__}, which may change results, is on")
-
-
-def _refuse_function_modes() -> None:
-    for mode in function_modes():
+def _refuse_foreign(modes: Iterable[object]) -> None:
+    """Raise Uncacheable if there is a mode among these that may change results."""
+    for mode in modes:
         if type(mode) not in transparent_modes:
             raise Uncacheable(f"a {type(mode).__name__}, which may change results, is on")
 

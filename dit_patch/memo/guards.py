@@ -253,7 +253,7 @@ class ModuleGuard:
 
 
 class PlaceGuard:
-    """Notices that something else stands in a module's place in its model, such as a LoRA layer around it."""
+    """Notices that something else stands in the place of a module, or of one that it is in: a LoRA layer, say."""
 
     __slots__ = ("_expected",)
 
@@ -348,13 +348,17 @@ def contents(container: Any) -> tuple:
     return (*container, *container.values()) if isinstance(container, Mapping) else tuple(container)
 
 
-def find_place(root: torch.nn.Module, module: torch.nn.Module) -> tuple[dict, str] | None:
-    """Return where the module stands in the tree of `root`: its parent's children, and its name among them."""
-    for parent in root.modules():
-        for name, child in children(parent).items():
-            if child is module:
-                return children(parent), name
-    return None
+def find_path(root: torch.nn.Module, module: torch.nn.Module) -> list[tuple[dict, str]]:
+    """Return the way from `root` to the module: at each step the children of one, and the next one's name among them.
+
+    It is empty for `root` itself, and for a module that is not in it.
+    """
+    name = next((name for name, each in root.named_modules() if each is module), "")
+    path, parent = [], root
+    for step in name.split(".") if name else ():
+        path.append((children(parent), step))
+        parent = children(parent)[step]
+    return path
 
 
 def outermost(module: torch.nn.Module, place: tuple[dict, str] | None) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -129,10 +130,15 @@ class ModelGuards:
             PartialGuard(found.partials),
             LooseTensorGuard(found.tensors),
             ModuleGuard(world.families),
-            PlaceGuard(place for site in self.sites for place in site.places if place is not None),
+            PlaceGuard(self._places()),
             ForwardGuard(self.root),
             NumericsGuard(),
         ]
+
+    def _places(self) -> Iterable[tuple[dict, str]]:
+        """Return where the modules of the sites stand, and all that they are in, each once."""
+        steps = (step for site in self.sites for path in site.paths for step in path)
+        return {(id(family), name): (family, name) for family, name in steps}.values()
 
     def has_foreign(self, hooks: Mapping[int, Callable]) -> bool:
         """Return whether there is a hook among these that is not ours."""
@@ -229,9 +235,9 @@ class _World:
             return []
         return [(space, name) for name, value in space.items() if _is_public_tensor(name, value)]
 
-    @property
+    @cached_property
     def holders(self) -> list:
-        """The namespaces with attributes to compare, each once."""
+        """The namespaces with attributes to compare, each once; asked for when all sites are in."""
         return merged(self.found.holders)
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..upstream.torch_internals import buffers, fsdp2_modules, parameters
-from .guards import AdapterGuard, TensorGuard, find_place, outermost
+from .guards import AdapterGuard, TensorGuard, find_path, outermost
 from .keys import PLAIN, Uncacheable
 
 Named = tuple[dict, str, torch.Tensor]
@@ -54,7 +54,8 @@ class SiteGuards:
         self.modules, self.subtree, self.parameters = tuple(modules), subtree, tuple(parameters)
         self.between, self.ancestors, self.functions = between, tuple(ancestors), tuple(functions)
         self.methods = tuple(methods)
-        self.places = [find_place(root, module) for module in self.modules]
+        #: The way to each of the modules.
+        self.paths = [find_path(root, module) for module in self.modules]
         #: Why nothing can be kept, as the last look at the world has found.
         self.refusal: str | None = _UNSEEN
         #: Whether a hook reads the results of the site's own module.
@@ -71,7 +72,7 @@ class SiteGuards:
 
     def tops(self) -> list[torch.nn.Module]:
         """Return the modules, or what stands in their places around them now."""
-        return [outermost(module, place) for module, place in zip(self.modules, self.places)]
+        return [outermost(module, path[-1] if path else None) for module, path in zip(self.modules, self.paths)]
 
     def inside(self) -> list[torch.nn.Module]:
         """Return all modules that compute the results, each once."""

@@ -106,7 +106,7 @@ def _counts_on_the_forward(site: Site) -> bool:
     A span is not such a site: each of its functions is known by what it is called with.
     """
     is_span = isinstance(site.address, SpanAddress)
-    borrows = not is_span and any(name.startswith("model.") for name in site.key)
+    borrows = not is_span and site.borrows
     return bool(site.unused or site.unused_with or borrows)
 
 

@@ -13,12 +13,13 @@ import torch
 
 from ..errors import SiteError, suggest
 from ..memo.model_guards import ModelGuards
+from ..memo.site_guards import SiteGuards
 from ..memo.store import Budget
 from ..spec.model import Site, Spec
 from ..upstream import torch_internals
 from . import layers, scope
 from .inner_functions import InnerFunctions
-from .surroundings import model_guards
+from .surroundings import model_guards, site_guards
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Binding:
     takes_any: bool
     #: What the caches of all sites may hold together.
     budget: Budget
+    #: What is looked at once a forward.
+    guards: ModelGuards
     #: Which hits are computed again and compared: "first", "always" or "never".
     check: str = "first"
     #: Whether `bind:` in a spec counts.
     fixes: bool = False
-    #: What is looked at once a forward.
-    guards: ModelGuards = field(default=None, compare=False)
     #: Paths of the model's block lists.
     blocks: Sequence[str] = ()
 
@@ -49,7 +50,13 @@ class Binding:
         parameters = (*scope.parameters(model), *spec.parameters)
         blocks = [each.at for each in spec.blocks]
         takes_any = scope.takes_any(model)
-        return cls(model, parameters, takes_any, budget, check, fixes, model_guards(model), blocks)
+        return cls(model, parameters, takes_any, budget, model_guards(model), check, fixes, blocks)
+
+    def add_guards(self, attribute: Attribute) -> SiteGuards:
+        """Return the guards of a site on this attribute; they are looked at from now on."""
+        guards = site_guards(attribute, self.model, self.blocks)
+        self.guards.add(guards)
+        return guards
 
     def check_argument(self, name: str, label: str) -> None:
         """Raise SiteError if the model's forward has no argument of this name."""
@@ -85,6 +92,11 @@ class Attribute:
     def is_global(self) -> bool:
         """Whether the attribute belongs to no model: it is shared, and outlives them."""
         return isinstance(self.owner, (ModuleType, InnerFunctions))
+
+    @property
+    def all_modules(self) -> list[torch.nn.Module]:
+        """The modules that results depend on: the owner, if it is one, and those that the site reads."""
+        return [*([self.owner] if isinstance(self.owner, torch.nn.Module) else []), *self.modules]
 
     @property
     def original(self) -> Callable:

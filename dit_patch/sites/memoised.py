@@ -16,7 +16,6 @@ from .output import Output
 from .patch import AttributePatch
 from .replaced import Replacement, call_signature
 from .scope import Frame
-from .surroundings import site_guards
 
 
 class MemoisedSite(AttributePatch):
@@ -28,8 +27,7 @@ class MemoisedSite(AttributePatch):
         #: What makes a key of the arguments.
         self.plan = Plan(attribute.parameters, attribute.site.key, attribute.label, aliases=attribute.aliases)
         #: What results depend on besides arguments.
-        self.guards = site_guards(attribute, binding.model, binding.blocks)
-        binding.guards.add(self.guards)
+        self.guards = binding.add_guards(attribute)
         #: None where the original computes what is kept.
         self.replacement = None if replacement is None else Replacement(attribute, replacement, self.memo)
         #: How calls are told apart that are checked once each.

@@ -38,9 +38,6 @@ class Patch(Protocol):
     def clear(self) -> None:
         """Forget every result, and what was known of what they depend on."""
 
-    def clear_results(self) -> None:
-        """Forget every result."""
-
     def on_forward_start(self, frame: Frame) -> None:
         """Prepare for a forward of the model."""
 
@@ -108,10 +105,6 @@ class AttributePatch:
 
     def clear(self) -> None:
         """Forget every result, and what was known of what they depend on."""
-        self.clear_results()
-
-    def clear_results(self) -> None:
-        """Forget every result."""
         self.memo.cache.clear()
 
     def on_forward_start(self, frame: Frame) -> None:
@@ -144,16 +137,12 @@ class AttributePatch:
         return self.overrides is not None
 
     @property
-    def modules(self) -> list[torch.nn.Module]:
-        """The modules that results depend on: the owner, if it is one, and those that the site reads."""
-        owner = self.attribute.owner
-        return [*([owner] if isinstance(owner, torch.nn.Module) else []), *self.attribute.modules]
-
-    @property
     def may_be_captured(self) -> bool:
         """Whether results depend on nothing that a tensor holds, and so may become a part of a CUDA graph."""
         contents = any(facet in ("identity", "values") for facets in self.site.key.values() for facet in facets)
-        weighted = bool(self.attribute.weights) or any(True for each in self.modules for _ in each.parameters())
+        weighted = bool(self.attribute.weights) or any(
+            True for each in self.attribute.all_modules for _ in each.parameters()
+        )
         return not contents and not weighted
 
 

@@ -17,7 +17,6 @@ from . import scope
 from .binding import Attribute, Binding
 from .output import Output
 from .patch import AttributePatch
-from .surroundings import site_guards
 
 _ALIKE = {bool, int, str, type(None)}
 
@@ -39,12 +38,11 @@ class Replacement:
         #: None once it has given way.
         self.function: Callable | None = function
         self._signature = call_signature(attribute)
-        self._proven: set[Hashable] = set()
-        #: What answers calls of a proven signature; None: the function itself does.
+        #: What answers calls of a signature that was proven; None: the function itself does.
         self._ready: dict[Hashable, Callable[[tuple, dict], Any] | None] = {}
 
     def __repr__(self) -> str:
-        return f"<Replacement {self.attribute.site.use}: proven for {len(self._proven)} signatures>"
+        return f"<Replacement {self.attribute.site.use}: proven for {len(self._ready)} signatures>"
 
     def __call__(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Return the replacement's result, or the original's where they differ."""
@@ -53,7 +51,7 @@ class Replacement:
         if signature in self._ready and check != "always":
             ready = self._ready[signature]
             return self.function(original, self.attribute.owner, args, kwargs) if ready is None else ready(args, kwargs)
-        is_proven = signature in self._proven
+        is_proven = signature in self._ready
         try:
             result = self.function(original, self.attribute.owner, args, kwargs)
             ready = self._find_ready(args, kwargs)
@@ -74,18 +72,16 @@ class Replacement:
         if not same(expected, result):
             self._give_way("is not equal to the original here")
             return expected
-        self._proven.add(signature)
         self._ready[signature] = ready if same(expected, again) else None
         return result
 
     def forget(self) -> None:
         """Have the next call of each signature compared again: something that the original depends on has changed."""
-        self._proven.clear()
         self._ready.clear()
 
     def in_capture(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Return the result while a CUDA graph is captured, when nothing can be compared."""
-        if self.memo.check == "never" or self.signature(args, kwargs) in self._proven:
+        if self.memo.check == "never" or self.signature(args, kwargs) in self._ready:
             return self.function(original, self.attribute.owner, args, kwargs)
         return original(*args, **kwargs)
 
@@ -142,7 +138,8 @@ class ReplacedSite(AttributePatch):
         self.replacement = Replacement(attribute, function, self.memo)
         self._output = Output(self.site)
         self._may_be_captured = self.may_be_captured
-        binding.guards.add(site_guards(attribute, binding.model, binding.blocks))
+        #: What the original depends on besides arguments.
+        self.guards = binding.add_guards(attribute)
         self._epoch = 0
 
     def __call__(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:

@@ -95,10 +95,6 @@ class Span:
 
     def clear(self) -> None:
         """Forget every result."""
-        self.clear_results()
-
-    def clear_results(self) -> None:
-        """Forget every result."""
         self.memo.cache.clear()
 
     def argument(self, name: str, facets: tuple[str, ...]) -> Argument:

@@ -16,8 +16,8 @@ from .binding import Attribute, Binding
 from .memoised import MemoisedSite
 from .output import Output
 from .patch import AttributePatch
+from .replaced import ReplacedSite
 from .scope import Frame
-from .surroundings import site_guards
 
 
 class StandInSite(AttributePatch):
@@ -26,13 +26,12 @@ class StandInSite(AttributePatch):
     A spec says `unused: true`, or `unused_with:` the arguments of the model's forward with which it is unused.
     """
 
-    def __init__(self, binding: Binding, attribute: Attribute, otherwise: AttributePatch) -> None:
+    def __init__(self, binding: Binding, attribute: Attribute, otherwise: MemoisedSite | ReplacedSite) -> None:
         super().__init__(binding, attribute)
         #: What answers calls whose result is read; the counters are one.
         self.otherwise, self.memo = otherwise, otherwise.memo
         #: What tells whether a hook reads the result.
-        self.guards = otherwise.guards if isinstance(otherwise, MemoisedSite) else site_guards(attribute, self.model)
-        binding.guards.add(self.guards)
+        self.guards = otherwise.guards
         self._output = Output(self.site)
         self._unused_with = tuple(name.removeprefix("model.") for name in self.site.unused_with)
         self._may_be_captured = self.may_be_captured

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..memo.guards import find_path
 from ..memo.model_guards import ModelGuards
 from ..memo.site_guards import SiteGuards
 from ..upstream import cache_dit_internals, diffusers_internals, fastvideo_internals
@@ -33,15 +34,14 @@ def site_guards(attribute: Attribute, model: torch.nn.Module, blocks: Collection
     """
     owner = attribute.owner
     is_module = isinstance(owner, torch.nn.Module)
-    modules = [*([owner] if is_module else []), *attribute.modules]
     ancestors: list[torch.nn.Module] = []
-    between: Callable[[], Iterator[torch.nn.Module]] = _nothing
-    if any(name.startswith("model.") for name in attribute.site.key):
+    between: Callable[[], Iterable[torch.nn.Module]] = tuple
+    if attribute.site.borrows:
         ancestors, path = _ancestors(model, owner) if is_module else ([model], "")
         if not any(f"{path}.".startswith(f"{each}.") for each in blocks):
             between = partial(_between, ancestors[-1], owner, is_model=ancestors[-1] is model)
     return SiteGuards(
-        modules,
+        attribute.all_modules,
         model,
         subtree=owner is not model,
         parameters=attribute.weights,
@@ -67,25 +67,17 @@ def foreign_forwards(module: torch.nn.Module, is_own: bool) -> list[Any]:
         value = vars(holder).get(name)
         while type(value) is layers.Wrapped:
             value = value.__wrapped__
-    is_own = value is None or value == MethodType(type(module).forward, module)
+    is_of_class = value is None or value == MethodType(type(module).forward, module)
     is_neutral = (fastvideo_internals.is_hook, cache_dit_internals.is_cached_forward, is_compiled_forward)
-    if not is_own and not any(known(value) for known in is_neutral):
+    if not is_of_class and not any(known(value) for known in is_neutral):
         found.append(value)
     return found
 
 
-def _nothing() -> Iterator[torch.nn.Module]:
-    return iter(())
-
-
 def _ancestors(model: torch.nn.Module, owner: torch.nn.Module) -> tuple[list[torch.nn.Module], str]:
     """Return the modules that the owner is in, the model first, and the owner's path; the model alone if in none."""
-    path = next((name for name, module in model.named_modules() if module is owner), "")
-    steps = path.split(".")[:-1] if path else []
-    found = [model]
-    for step in steps:
-        found.append(children(found[-1])[step])
-    return found, path
+    path = find_path(model, owner)
+    return [model, *(family[name] for family, name in path[:-1])], ".".join(name for _, name in path)
 
 
 def _between(parent: torch.nn.Module, owner: torch.nn.Module, is_model: bool) -> Iterator[torch.nn.Module]:

@@ -133,6 +133,11 @@ class Site(Declared):
         return Address.parse(self.at)
 
     @property
+    def borrows(self) -> bool:
+        """Whether results are known by arguments of the model's forward, which are not the call's own."""
+        return any(name.startswith("model.") for name in self.key)
+
+    @property
     def functions_read(self) -> tuple[GlobalAddress, ...]:
         """The functions in `reads`, whose values count."""
         return tuple(each for each in map(Address.parse, self.reads) if isinstance(each, GlobalAddress))
