@@ -55,6 +55,11 @@ class FindingKind(enum.Enum):
         "{site}: {detail} has another module in its place since apply(), so nothing of it is cached. "
         "Call dit_patch.apply(...) again.",
     )
+    MODEL_REPLACED = (
+        "the pipeline has another {detail} since apply(); apply() again",
+        "the pipeline has another {site} since apply(), a {detail}, which is not patched. "
+        "Call dit_patch.apply(...) again.",
+    )
     UNREACHED = ("not reached", _NOT_REACHED + "this forward does not call it, so nothing of it is cached.")
 
     # Why a site was switched off.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import stepping
 import torch
 
 import dit_patch
@@ -109,3 +110,61 @@ def test_nothing_is_left_of_the_patches_of_a_replaced_module(wan):
     assert "forward" not in vars(old)
     wan.handle.remove()
     assert "forward" not in vars(wan.model.rope)
+
+
+def test_another_model_in_the_pipeline_is_said_once_and_patched_by_applying_again():
+    pipeline, other = stepping.wan(), stepping.wan(seed=1).transformer
+    handle = dit_patch.apply(pipeline)
+    stepping.latents(pipeline, 2)
+    pipeline.transformer = other
+    with pytest.warns(UserWarning, match="the pipeline has another transformer since apply") as said:
+        expected = stepping.latents(pipeline, 2)
+    assert [each.message.finding.kind for each in said] == [FindingKind.MODEL_REPLACED]
+    assert all("another WanTransformer3DModel since apply()" in row.notes[0] for row in handle.stats())
+    stepping.latents(pipeline, 2)  # and no other warning
+    with dit_patch.apply(pipeline) as fresh:
+        assert torch.equal(stepping.latents(pipeline, 2), expected)
+        assert sum(row.hits for row in fresh.stats()) > 0
+    handle.remove()
+    assert "maybe_free_model_hooks" not in vars(pipeline)
+
+
+def test_one_of_two_experts_that_is_exchanged_is_patched_by_the_same_handle():
+    pipeline, plain = stepping.wan22(), stepping.wan22()
+    kept, old = pipeline.transformer, pipeline.transformer_2
+    with dit_patch.apply(pipeline) as handle:
+        pipeline.transformer_2 = stepping.wan22(seed=1).transformer_2
+        plain.transformer_2 = stepping.wan22(seed=1).transformer_2
+        expected = stepping.latents(plain, 4)
+        with pytest.warns(UserWarning, match="the pipeline has another transformer_2 since apply"):
+            assert torch.equal(stepping.latents(pipeline, 4), expected)
+        assert dit_patch.apply(pipeline) is handle
+        assert handle.models == {"transformer": kept, "transformer_2": pipeline.transformer_2}
+        assert torch.equal(stepping.latents(pipeline, 4), expected)
+        assert {row.model for row in handle.stats() if row.hits} == {"transformer", "transformer_2"}
+        assert not any(row.notes and "since apply" in row.notes[0] for row in handle.stats())
+        assert "forward" not in vars(old)
+    for model in (*handle.models.values(), old):
+        assert not model._forward_pre_hooks and not any("forward" in vars(each) for each in model.modules())
+
+
+def test_a_model_that_was_wrapped_or_taken_out_is_no_other():
+    pipeline = stepping.wan()
+    model = pipeline.transformer
+    with dit_patch.apply(pipeline) as handle:
+        for put in (torch.nn.Sequential(model), None):
+            pipeline.transformer = put
+            pipeline.maybe_free_model_hooks()
+        assert not any(row.notes and "since apply" in row.notes[0] for row in handle.stats())
+
+
+def test_a_model_that_cannot_be_patched_in_the_place_of_another_leaves_the_rest_as_it_was(monkeypatch):
+    pipeline = stepping.wan22()
+    kept, old = pipeline.transformer, pipeline.transformer_2
+    with dit_patch.apply(pipeline) as handle:
+        pipeline.transformer_2 = stepping.wan22(seed=1).transformer_2
+        del pipeline.transformer_2.rope
+        with pytest.raises(dit_patch.SiteError):
+            dit_patch.apply(pipeline)
+        assert handle.models == {"transformer": kept, "transformer_2": old}
+        assert not any("forward" in vars(each) for each in pipeline.transformer_2.modules())

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
 from dit_patch.contribute import verify
@@ -86,19 +85,6 @@ def test_inference_after_foreach_and_fused_steps(each, kind, train):
             model.eval()
     each.agree(calls)
     assert each.agree(calls)
-
-
-def test_an_exponential_moving_average_of_the_weights(wan):
-    """diffusers' EMA swaps weights by `.data.copy_`, without a trace; what was cached must be dropped by hand."""
-    calls = wan.calls()
-    wan.apply()
-    wan.agree(calls)
-    for model in wan.both:
-        ema = EMAModel([2 * parameter.detach() for parameter in model.parameters()])
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-    wan.handle.clear()
-    wan.agree(calls)
 
 
 def test_only_the_prompt_is_trained(each):

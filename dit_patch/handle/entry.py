@@ -10,8 +10,9 @@ from ..report.reported import ReportedHandle
 from ..sites.pipeline_models import find_models
 from ..spec.registry import Registry
 from ..step_cache import StepCache
+from .handle import handle_of
 from .options import Options
-from .transaction import check_versions, existing_handle, patch_models, with_specs
+from .transaction import check_versions, existing_handle, patch_exchanged, patch_models, with_specs
 
 if TYPE_CHECKING:
     from ..launch.workers import RemoteHandle
@@ -39,7 +40,8 @@ def apply(
 ) -> Handle | RemoteHandle:
     """Patch the transformers of `target` so that what does not change between steps is computed once: same bits out.
 
-    Called again with the same options it returns the same handle, and puts back what another library has displaced.
+    Called again with the same options it returns the same handle, puts back what another library has displaced, and
+    patches what has been exchanged since.
 
     Args:
         target: a diffusers or FastVideo pipeline, or a bare transformer, compiled or distributed ones too; or a
@@ -76,10 +78,12 @@ def apply(
     registry = Registry(directories, trust=trust)
     options = Options.from_user(registry, directories=directories, **asked)
     chosen = with_specs(find_models(target), registry, options.specs)
-    existing = existing_handle([model for model, _ in chosen.values()], options)
-    if existing is not None:
-        existing.repair(target)
-        return existing
-    for _, spec in chosen.values():
-        check_versions(spec, strict)
-    return patch_models(target, chosen, options)
+    existing = existing_handle(chosen, options)
+    for model, spec in chosen.values():
+        if existing is None or handle_of(model) is None:
+            check_versions(spec, strict)
+    if existing is None:
+        return patch_models(target, chosen, options)
+    patch_exchanged(existing, target, chosen)
+    existing.repair(target)
+    return existing

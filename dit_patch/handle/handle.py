@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from ..sites.scope import scope_of
 from ..spec.model import Spec
 from ..step_cache.model_step_cache import ModelStepCache
 from ..step_cache.stats import StepStats
+from . import weight_exchange
 from .options import Options
 from .patched_model import PatchedModel
 
 _PIPELINE_EDITS = ("set_lora_adapter", "merge_lora_weights", "unmerge_lora_weights")
 """Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
+
+_RUN_END = "maybe_free_model_hooks"
+"""What pipelines of diffusers call on themselves when they have run."""
 
 
 class Handle(ReportedHandle):
@@ -42,6 +47,7 @@ class Handle(ReportedHandle):
         self.token: str | None = None
         #: Whether `dit-patch run` made it; it gives way to what the program itself asks for.
         self.is_automatic = False
+        self._ignore_exchanges = weight_exchange.watch(self)
 
     def __repr__(self) -> str:
         return f"<Handle of {', '.join(self.models) or 'nothing'}>"
@@ -123,16 +129,28 @@ class Handle(ReportedHandle):
         self.patched_models.append(patched)
         patched.install(target)
 
+    def drop(self, patched: PatchedModel) -> None:
+        """Take back one of several models, which the pipeline does not have any more."""
+        patched.remove()
+        self.patched_models.remove(patched)
+        for layer in [each for each in reversed(self._layers) if each.home[0] is patched.model]:
+            layers.remove(layer)
+            self._layers.remove(layer)
+
     def watch(self, target: Any) -> None:
-        """Drop what is cached whenever a method of the pipeline `target` has edited weights."""
+        """Drop what is cached whenever a method of the pipeline `target` has edited weights; hear its runs end."""
         self.clear_after(target, _PIPELINE_EDITS)
+        self._call_after(target, _RUN_END, partial(self._after_run, target))
 
     def clear_after(self, owner: Any, methods: Iterable[str]) -> None:
         """Drop what is cached after each call of these methods of `owner`, where it has them."""
         for method in methods:
-            is_watched = any(layer.home == (owner, method) for layer in self._layers)
-            if not is_watched and callable(getattr(owner, method, None)):
-                self.add_layer(layers.install(owner, method, self._clear_after))
+            self._call_after(owner, method, self._clear_after)
+
+    def _call_after(self, owner: Any, method: str, wrapper: Callable) -> None:
+        is_watched = any(layer.home == (owner, method) for layer in self._layers)
+        if not is_watched and callable(getattr(owner, method, None)):
+            self.add_layer(layers.install(owner, method, wrapper))
 
     def add_layer(self, layer: layers.Wrapped) -> None:
         """Take a layer over: it goes when the handle is removed."""
@@ -142,16 +160,20 @@ class Handle(ReportedHandle):
         """Undo everything; returns the labels of what stays, asleep, inside another library's wrapper."""
         asleep = []
         for model in reversed(self.patched_models):
-            if model.step_cache is not None and not model.step_cache.remove():
-                asleep.append(f"step cache of {model.name}")
+            asleep += model.remove_step_cache()
         for layer in reversed(self._layers):
             layers.remove(layer)
         for model in reversed(self.patched_models):
-            model.stop_listening()
-            if model.scope is not None:
-                model.scope.remove()
-            asleep += [patch.label for patch in reversed(model.patches) if not patch.remove()]
+            asleep += model.remove()
+        self._ignore_exchanges()
         return asleep
+
+    def _after_run(self, target: Any, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for model in self.patched_models:
+                model.look_for_another(target)
 
     def _clear_after(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         try:

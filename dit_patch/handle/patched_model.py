@@ -27,7 +27,7 @@ from .reach import Reach
 if TYPE_CHECKING:
     from .handle import Handle
 
-_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora", "load_lora_adapter")
+_EDITS = ("fuse_lora", "unfuse_lora", "unload_lora")
 """Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
 
 
@@ -119,10 +119,33 @@ class PatchedModel:
             if isinstance(patch, Span) or any("identity" in facets for facets in patch.site.key.values()):
                 patch.memo.cache.clear()
 
-    def stop_listening(self) -> None:
-        """Hear no longer of generations that end."""
-        if self._listener is not None:
-            self._listener.remove()
+    def look_for_another(self, pipeline: Any) -> None:
+        """Say once that the pipeline has another model in the place of this one, and that it is not patched.
+
+        What `dit-patch run` patched needs no word: the other model is patched at its first forward.
+        """
+        now = getattr(pipeline, self.name.partition(".")[0], None)
+        if not isinstance(now, torch.nn.Module) or any(each is self.model for each in now.modules()):
+            return
+        was_said = any(each.kind is FindingKind.MODEL_REPLACED for each in self.findings.values())
+        if was_said or self.handle.is_automatic or scope.scope_of(now) is not None:
+            return
+        finding = Finding(FindingKind.MODEL_REPLACED, self.name, type(now).__name__)
+        self.findings |= dict.fromkeys((site.at for site in self.spec.sites), finding)
+        warn(finding, stacklevel=4)
+
+    def remove_step_cache(self) -> list[str]:
+        """End step caching; returns what stays, asleep, inside another library's wrapper."""
+        is_left = self.step_cache is not None and not self.step_cache.remove()
+        return [f"step cache of {self.name}"] if is_left else []
+
+    def remove(self) -> list[str]:
+        """Take all patches of the model back; returns the labels of those that stay asleep."""
+        asleep = self.remove_step_cache()
+        self._stop_listening()
+        if self.scope is not None:
+            self.scope.remove()
+        return asleep + [patch.label for patch in reversed(self.patches) if not patch.remove()]
 
     def rows(self) -> list[SiteStats]:
         """Return the report's row of each site that is wanted."""
@@ -141,9 +164,13 @@ class PatchedModel:
         ]
 
     def _listen_to(self, target: Any) -> None:
-        self.stop_listening()
+        self._stop_listening()
         # A generation may have several loops, and has one end.
         self._listener = GenerationListener(target, self.model, None, self.begin_generation)
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.remove()
 
     def _let_go_of_replaced(self, site: Site) -> bool:
         """Return whether a site's module was replaced; its patches are then gone."""

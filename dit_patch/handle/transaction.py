@@ -49,6 +49,27 @@ def patch_models(target: Any, chosen: Chosen, options: Options) -> Handle:
     return handle
 
 
+def patch_exchanged(handle: Handle, target: Any, chosen: Chosen) -> None:
+    """Patch models that have come into `target` in the place of others since `handle` patched those.
+
+    Raises:
+        SiteError, StepCacheError: one of them cannot be patched, so none is; the others stay patched.
+    """
+    fresh = {name: each for name, each in chosen.items() if handle_of(each[0]) is None}
+    gone = [each for each in handle.patched_models if each.name in fresh]
+    count = len(handle.patched_models)
+    try:
+        for name, (model, spec) in fresh.items():
+            forget_copies(model)
+            handle.add(name, model, spec, target)
+    except BaseException:
+        for each in handle.patched_models[count:]:
+            handle.drop(each)
+        raise
+    for each in gone:
+        handle.drop(each)
+
+
 def with_specs(
     models: dict[str, torch.nn.Module], registry: Registry, names: Iterable[str] | None = None
 ) -> dict[str, tuple[torch.nn.Module, Spec]]:
@@ -67,22 +88,24 @@ def with_specs(
     raise UnsupportedModelError("\n".join(_why_none(models, paired, registry)))
 
 
-def existing_handle(models: list[torch.nn.Module], options: Options) -> Handle | None:
-    """Return the handle that has patched all these models with these options; None if none of them is patched.
+def existing_handle(chosen: Chosen, options: Options) -> Handle | None:
+    """Return the handle that has patched all these models, or what they stand for; None if none of them is patched.
 
     What `dit-patch run` patched gives way to what the program asks for.
 
     Raises:
         DitPatchError: some are patched by another handle, or with other options.
     """
-    handles = [handle_of(model) for model in models]
-    for handle in filter(None, handles):
+    handles = _handles(chosen)
+    for handle in handles:
         if handle.is_automatic and (handle.options != options or handle is not handles[0]):
             handle.remove()
-    handles = [handle_of(model) for model in models]
-    if not any(handles):
+    handles = _handles(chosen)
+    if not handles:
         return None
-    if any(handle is not handles[0] for handle in handles):
+    patched = {each.name for each in handles[0].patched_models}
+    is_whole = all(handle_of(model) is not None or name in patched for name, (model, _) in chosen.items())
+    if not is_whole or any(handle is not handles[0] for handle in handles):
         raise DitPatchError(
             "some of these models are patched by another handle already; call its remove() before applying again"
         )
@@ -93,6 +116,10 @@ def existing_handle(models: list[torch.nn.Module], options: Options) -> Handle |
             "    Call handle.remove() first."
         )
     return handles[0]
+
+
+def _handles(chosen: Chosen) -> list[Handle]:
+    return [handle for model, _ in chosen.values() if (handle := handle_of(model)) is not None]
 
 
 def check_versions(spec: Spec, strict: bool) -> None:
