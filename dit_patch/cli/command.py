@@ -24,6 +24,7 @@ COMMANDS = {
     "schema": "the JSON Schema of a spec, for your editor",
     "bench": "measure what patching saves: hit cost, site times at real sizes, whole forwards",
     "bench step-cache": "what step caching gains and costs: baseline and cached side by side, with controls",
+    "bench here": "what patching brings on this GPU, in minutes: whole forwards of real sizes, kernels, a CUDA graph",
     "bench host": "what patching costs or saves the host: whole forwards, calls inside them, growth",
     "bench rotary": "applying RoPE: eager, compiled, ours and others' side by side, then whole forwards",
 }
