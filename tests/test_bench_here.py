@@ -118,3 +118,16 @@ def test_a_twin_shares_weights_and_buffers_and_nothing_else():
     for one, same in zip((*model.parameters(), *model.buffers()), (*other.parameters(), *other.buffers()), strict=True):
         assert one is same
     assert not set(model.modules()) & set(other.modules())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_part_has_figures(tmp_path):
+    out = tmp_path / "here.json"
+    assert main(["bench", "here", "--tiny", "--minutes", "8", "--out", str(out)]) == 0
+    rows = [Row(**each) for each in json.loads(out.read_text())["rows"]]
+    assert not any("needs a CUDA device" in row.note for row in rows)
+    assert {row.what for row in rows if row.part == "wan-short"} >= {
+        "copies to the GPU, a forward",
+        "waits for the GPU, a forward",
+        "the GPU is busy",
+    }
