@@ -8,6 +8,7 @@ import torch
 
 import dit_patch
 from dit_patch.findings import DitPatchWarning, FindingKind
+from dit_patch.sites.patch import AttributePatch
 
 
 class Linear(torch.nn.Linear):
@@ -95,6 +96,20 @@ def test_what_another_person_s_program_replaces_is_repaired_by_itself(wan):
     wan.agree(calls)
     wan.agree(calls)
     assert wan.agree(calls)["rope.forward"] == len(calls)
+
+
+def test_modules_are_looked_for_only_where_something_has_changed(tiny, monkeypatch):
+    """CogVideoX without RoPE reaches one site less: where its module is now is no question for each forward."""
+    looked = []
+    monkeypatch.setattr(AttributePatch, "is_replaced", property(lambda patch: looked.append(patch.site.at)))
+    model = tiny("diffusers/cogvideox")
+    model.apply()
+    calls = model.calls()
+    model.agree(calls)
+    assert looked
+    looked.clear()
+    model.agree(calls)
+    assert not looked
 
 
 def test_nothing_is_left_of_the_patches_of_a_replaced_module(wan):
