@@ -153,6 +153,34 @@ def test_a_name_that_nobody_has_is_an_error_of_the_spec_still(patched):
         patched("  - {at: embed.first.forward, kind: context, key: {inpt: [identity]}}")
 
 
+def test_weights_that_gguf_has_quantised_are_no_tensors_to_follow_and_the_other_sites_hit(wan):
+    """With such weights the original runs, and the report says why: their type says what their bytes mean."""
+    quantise = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = quantise.GGMLQuantizationType.Q8_0
+    for model in wan.both:
+        embedder = model.condition_embedder
+        width = embedder.text_embedder.linear_1.out_features
+        first = torch.nn.Linear(embedder.text_embedder.linear_1.in_features, 32)
+        layer = GGUFLinear(32, width, bias=False, compute_dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in first.parameters():
+            parameter.data.normal_(generator=generator)
+        weight = torch.randn(width, 32, generator=generator).numpy()
+        layer.weight = GGUFParameter(torch.from_numpy(quantise.quantize(weight, kind).copy()), quant_type=kind)
+        embedder.text_embedder.linear_1, embedder.text_embedder.linear_2 = first, layer
+        model.requires_grad_(False).eval()
+    handle, calls = wan.apply(), wan.calls()
+    wan.agree(calls)
+    hits = wan.agree(calls)
+    rows = {row.at: row for row in handle.stats()}
+    assert rows["condition_embedder.text_embedder.forward"].bypassed == {
+        "weights of type GGUFParameter": 2 * len(calls)
+    }
+    assert hits["rope.forward"] and hits["condition_embedder.time_proj.forward"]
+
+
 def test_a_hotswapped_adapter_is_seen(wan):
     """diffusers writes the other adapter's weights through `.data`, which leaves no version behind."""
     peft = pytest.importorskip("peft")
