@@ -8,7 +8,7 @@ import torch
 
 import dit_patch
 from dit_patch.findings import DitPatchWarning, FindingKind
-from dit_patch.sites.patch import AttributePatch
+from dit_patch.sites import patch
 
 
 class Linear(torch.nn.Linear):
@@ -16,6 +16,17 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x):
         return super().forward(x) * 1.0
+
+
+class Nested(torch.nn.Module):
+    """A model with a layer in a container."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.embed["first"](x)
 
 
 def another_rope(model):
@@ -101,15 +112,40 @@ def test_what_another_person_s_program_replaces_is_repaired_by_itself(wan):
 def test_modules_are_looked_for_only_where_something_has_changed(tiny, monkeypatch):
     """CogVideoX without RoPE reaches one site less: where its module is now is no question for each forward."""
     looked = []
-    monkeypatch.setattr(AttributePatch, "is_replaced", property(lambda patch: looked.append(patch.site.at)))
+    find_path = patch.find_path
+    monkeypatch.setattr(patch, "find_path", lambda *given: looked.append(given) or find_path(*given))
     model = tiny("diffusers/cogvideox")
     model.apply()
     calls = model.calls()
-    model.agree(calls)
     assert looked
     looked.clear()
     model.agree(calls)
+    model.agree(calls)
     assert not looked
+
+
+@pytest.mark.parametrize("replace", ["itself", "what it is in"])
+def test_a_site_that_keeps_nothing_is_noticed_too(patched, replace):
+    model, _, handle = patched("  - {at: embed.first.forward, kind: kv_cache, then: 'builtins:abs'}", cls=Nested)
+    with torch.no_grad():
+        model(torch.ones(4))
+        if replace == "itself":
+            model.embed.first = torch.nn.Linear(4, 4)
+        else:
+            model.embed = Nested().embed
+        with pytest.warns(UserWarning, match="embed.first.forward: Nested has another module in its place"):
+            model(torch.ones(4))
+
+
+def test_a_module_inside_what_was_put_around_it_is_still_there(patched):
+    model, _, handle = patched("  - {at: embed.first.forward, kind: kv_cache, then: 'builtins:abs'}", cls=Nested)
+    [patch] = handle.patched_models[0].patches
+    model.embed.first = torch.nn.Sequential(model.embed.first)
+    assert not patch.is_replaced and not patch.is_replaced
+    model.embed.first = model.embed.first[0]
+    assert not patch.is_replaced
+    model.embed.first = torch.nn.Linear(4, 4)
+    assert patch.is_replaced and patch.is_replaced
 
 
 def test_nothing_is_left_of_the_patches_of_a_replaced_module(wan):
@@ -174,7 +210,7 @@ def test_a_model_that_was_wrapped_or_taken_out_is_no_other():
         assert not any(row.notes and "since apply" in row.notes[0] for row in handle.stats())
 
 
-def test_a_model_that_cannot_be_patched_in_the_place_of_another_leaves_the_rest_as_it_was(monkeypatch):
+def test_a_model_that_cannot_be_patched_in_the_place_of_another_leaves_the_rest_as_it_was():
     pipeline = stepping.wan22()
     kept, old = pipeline.transformer, pipeline.transformer_2
     with dit_patch.apply(pipeline) as handle:

@@ -25,16 +25,13 @@ class Reach:
         self.reported: set[str] = set()
         #: Whether a site that was not reached is inside compiled code.
         self.compiled: dict[str, bool] = {}
-        #: The epoch of the last forward: modules are looked for only where something has changed since.
-        self.epoch: int | None = None
 
     def __repr__(self) -> str:
         return f"<Reach of {type(self.model).__name__}: {len(self.reached)} of {len(self.sites)} sites>"
 
     def findings(self, frame: Frame) -> list[Finding]:
         """Return what there is to say of the sites that the forward did not reach; what is warned of, once."""
-        is_new, self.epoch = frame.epoch != self.epoch, frame.epoch
-        found = (self._finding(frame, at, patches, is_new) for at, patches in self.sites.items())
+        found = (self._finding(frame, at, patches) for at, patches in self.sites.items())
         return [each for each in found if each is not None]
 
     def forget(self) -> list[str]:
@@ -42,10 +39,9 @@ class Reach:
         reported = list(self.reported)
         self.reported.clear()
         self.compiled.clear()
-        self.epoch = None
         return reported
 
-    def _finding(self, frame: Frame, at: str, patches: Sequence[Patch], is_new: bool) -> Finding | None:
+    def _finding(self, frame: Frame, at: str, patches: Sequence[Patch]) -> Finding | None:
         if at in self.reported:
             return None
         if any(patch in frame.calls for patch in patches):
@@ -56,7 +52,7 @@ class Reach:
         kind = FindingKind.UNREACHED
         if any(patch.is_displaced for patch in patches):
             kind = FindingKind.DISPLACED
-        elif is_new and any(patch.is_replaced for patch in patches):
+        elif any(patch.is_replaced for patch in patches):
             kind = FindingKind.REPLACED
         elif at in self.reached:  # a site inside another is called only where that one has no result
             return None

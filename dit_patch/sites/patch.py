@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..memo.guards import PlaceGuard, find_path
 from ..memo.lookup import Memo
 from ..spec.model import Site
 from .binding import Attribute, Binding, Overrides
@@ -71,6 +72,7 @@ class AttributePatch:
         #: Arguments that the model's own call overrides; None where there are none.
         self.overrides = Overrides(self.site.bind, attribute.parameters) if binding.fixes and self.site.bind else None
         self._leftovers = Leftovers(attribute.leftovers)
+        self._place = PlaceGuard(self._path())
 
     def __repr__(self) -> str:
         cache = self.memo.cache
@@ -127,9 +129,20 @@ class AttributePatch:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether another module stands in the place of the one that the attribute belongs to."""
+        """Whether another module stands in the place of the one that the attribute belongs to.
+
+        The model is searched only where something has changed along the way to it: this is asked at forwards.
+        """
+        if self._place.still_holds():
+            return False
+        path = self._path()
+        if path:  # it is inside what was put there: a LoRA layer, say
+            self._place = PlaceGuard(path)
+        return not path
+
+    def _path(self) -> list[tuple[dict, str]]:
         owner = self.attribute.owner
-        return isinstance(owner, torch.nn.Module) and all(owner is not each for each in self.model.modules())
+        return find_path(self.model, owner) if isinstance(owner, torch.nn.Module) else []
 
     @property
     def fixes(self) -> bool:
