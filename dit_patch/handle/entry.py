@@ -79,11 +79,11 @@ def apply(
     options = Options.from_user(registry, directories=directories, **asked)
     chosen = with_specs(find_models(target), registry, options.specs)
     existing = existing_handle(chosen, options)
-    for model, spec in chosen.values():
-        if existing is None or handle_of(model) is None:
-            check_versions(spec, strict)
+    fresh = {name: (model, spec) for name, (model, spec) in chosen.items() if handle_of(model) is None}
+    for _, spec in fresh.values():
+        check_versions(spec, strict)
     if existing is None:
-        return patch_models(target, chosen, options)
-    patch_exchanged(existing, target, chosen)
+        return patch_models(target, fresh, options)
+    patch_exchanged(existing, target, fresh)
     existing.repair(target)
     return existing

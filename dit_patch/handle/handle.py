@@ -15,8 +15,9 @@ from ..memo.store import Budget
 from ..report.reported import ReportedHandle
 from ..report.rows import SiteStats
 from ..sites import layers
-from ..sites.scope import scope_of
+from ..sites.scope import forget_copies, scope_of
 from ..spec.model import Spec
+from ..step_cache.listener import RUN_END
 from ..step_cache.model_step_cache import ModelStepCache
 from ..step_cache.stats import StepStats
 from . import weight_exchange
@@ -25,9 +26,6 @@ from .patched_model import PatchedModel
 
 _PIPELINE_EDITS = ("set_lora_adapter", "merge_lora_weights", "unmerge_lora_weights")
 """Methods that change weights through `.data`, which leaves no version behind: the caches are dropped after each."""
-
-_RUN_END = "maybe_free_model_hooks"
-"""What pipelines of diffusers call on themselves when they have run."""
 
 
 class Handle(ReportedHandle):
@@ -125,32 +123,32 @@ class Handle(ReportedHandle):
 
     def add(self, name: str, model: torch.nn.Module, spec: Spec, target: Any) -> None:
         """Patch one more model of `target`; if it raises, the caller takes back what was done."""
+        forget_copies(model)
         patched = PatchedModel(self, name, model, spec)
         self.patched_models.append(patched)
         patched.install(target)
 
     def drop(self, patched: PatchedModel) -> None:
         """Take back one of several models, which the pipeline does not have any more."""
-        patched.remove()
+        around = [layer for layer in self._layers if layer.home[0] is patched.model]
+        self._take_back([patched], around)
         self.patched_models.remove(patched)
-        for layer in [each for each in reversed(self._layers) if each.home[0] is patched.model]:
-            layers.remove(layer)
-            self._layers.remove(layer)
+        self._layers = [layer for layer in self._layers if layer not in around]
 
     def watch(self, target: Any) -> None:
         """Drop what is cached whenever a method of the pipeline `target` has edited weights; hear its runs end."""
         self.clear_after(target, _PIPELINE_EDITS)
-        self._call_after(target, _RUN_END, partial(self._after_run, target))
+        self._call_after(target, RUN_END, partial(self._look_for_others, target))
 
     def clear_after(self, owner: Any, methods: Iterable[str]) -> None:
         """Drop what is cached after each call of these methods of `owner`, where it has them."""
         for method in methods:
-            self._call_after(owner, method, self._clear_after)
+            self._call_after(owner, method, self.clear)
 
-    def _call_after(self, owner: Any, method: str, wrapper: Callable) -> None:
+    def _call_after(self, owner: Any, method: str, action: Callable[[], Any]) -> None:
         is_watched = any(layer.home == (owner, method) for layer in self._layers)
         if not is_watched and callable(getattr(owner, method, None)):
-            self.add_layer(layers.install(owner, method, wrapper))
+            self.add_layer(layers.install(owner, method, layers.after(action)))
 
     def add_layer(self, layer: layers.Wrapped) -> None:
         """Take a layer over: it goes when the handle is removed."""
@@ -158,28 +156,24 @@ class Handle(ReportedHandle):
 
     def take_back(self) -> list[str]:
         """Undo everything; returns the labels of what stays, asleep, inside another library's wrapper."""
-        asleep = []
-        for model in reversed(self.patched_models):
-            asleep += model.remove_step_cache()
-        for layer in reversed(self._layers):
-            layers.remove(layer)
-        for model in reversed(self.patched_models):
-            asleep += model.remove()
+        asleep = self._take_back(self.patched_models, self._layers)
         self._ignore_exchanges()
         return asleep
 
-    def _after_run(self, target: Any, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        try:
-            return original(*args, **kwargs)
-        finally:
-            for model in self.patched_models:
-                model.look_for_another(target)
+    def _look_for_others(self, target: Any) -> None:
+        for model in self.patched_models:
+            model.look_for_another(target)
 
-    def _clear_after(self, original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self.clear()
+    def _take_back(self, models: Iterable[PatchedModel], around: Iterable[layers.Wrapped]) -> list[str]:
+        """Undo what was done to these models, and remove these layers; returns what stays asleep."""
+        models, asleep = list(models)[::-1], []
+        for model in models:
+            asleep += model.remove_step_cache()
+        for layer in list(around)[::-1]:
+            layers.remove(layer)
+        for model in models:
+            asleep += model.remove()
+        return asleep
 
 
 def handle_of(model: torch.nn.Module) -> Handle | None:

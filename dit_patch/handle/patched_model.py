@@ -140,12 +140,14 @@ class PatchedModel:
         return [f"step cache of {self.name}"] if is_left else []
 
     def remove(self) -> list[str]:
-        """Take all patches of the model back; returns the labels of those that stay asleep."""
-        asleep = self.remove_step_cache()
+        """Take all patches of the model back; returns the labels of those that stay asleep.
+
+        The step cache ends before, and the handle's layers around the model go in between.
+        """
         self._stop_listening()
         if self.scope is not None:
             self.scope.remove()
-        return asleep + [patch.label for patch in reversed(self.patches) if not patch.remove()]
+        return [patch.label for patch in reversed(self.patches) if not patch.remove()]
 
     def rows(self) -> list[SiteStats]:
         """Return the report's row of each site that is wanted."""

@@ -13,7 +13,6 @@ from packaging.requirements import Requirement
 from ..errors import DitPatchError, UnsupportedModelError, VersionError, quote
 from ..findings import Finding, FindingKind, warn
 from ..sites.pipeline_models import is_compiled_in, unwrap
-from ..sites.scope import forget_copies
 from ..spec.model import Spec
 from ..spec.registry import Registry
 from .handle import Handle, handle_of
@@ -34,7 +33,6 @@ def patch_models(target: Any, chosen: Chosen, options: Options) -> Handle:
         handle = Handle(options)
         undo.callback(handle.take_back)
         for name, (model, spec) in chosen.items():
-            forget_copies(model)
             handle.add(name, model, spec, target)
         handle.watch(target)
         undo.pop_all()
@@ -49,18 +47,16 @@ def patch_models(target: Any, chosen: Chosen, options: Options) -> Handle:
     return handle
 
 
-def patch_exchanged(handle: Handle, target: Any, chosen: Chosen) -> None:
+def patch_exchanged(handle: Handle, target: Any, fresh: Chosen) -> None:
     """Patch models that have come into `target` in the place of others since `handle` patched those.
 
     Raises:
         SiteError, StepCacheError: one of them cannot be patched, so none is; the others stay patched.
     """
-    fresh = {name: each for name, each in chosen.items() if handle_of(each[0]) is None}
     gone = [each for each in handle.patched_models if each.name in fresh]
     count = len(handle.patched_models)
     try:
         for name, (model, spec) in fresh.items():
-            forget_copies(model)
             handle.add(name, model, spec, target)
     except BaseException:
         for each in handle.patched_models[count:]:

@@ -48,13 +48,16 @@ def watch(holder: Holder) -> Callable[[], Any]:
 
 
 def _install(module: ModuleType) -> None:
+    installed = []
+    for path in EXCHANGES[module.__name__]:
+        owner, _, name = path.rpartition(".")
+        place = operator.attrgetter(owner)(module) if owner else module
+        if callable(getattr(place, name, None)):
+            installed.append(layers.install(place, name, layers.after(_clear_all)))
     with _lock:
         _awaited.discard(module.__name__)
-        for path in EXCHANGES[module.__name__] if _holders else ():
-            owner, _, name = path.rpartition(".")
-            place = operator.attrgetter(owner)(module) if owner else module
-            if callable(getattr(place, name, None)):
-                _layers.append(layers.install(place, name, _clear_after))
+        _layers.extend(installed)
+    _remove_if_nobody_holds()
 
 
 def _let_go(holder: Callable[[], Holder | None]) -> None:
@@ -63,14 +66,18 @@ def _let_go(holder: Callable[[], Holder | None]) -> None:
         living = holder()
         if living is not None:
             _holders.discard(living)
-        if not tuple(_holders):  # its length counts the one that is just going
-            while _layers:
-                layers.remove(_layers.pop())
+    _remove_if_nobody_holds()
 
 
-def _clear_after(original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-    try:
-        return original(*args, **kwargs)
-    finally:
-        for holder in list(_holders):
-            holder.clear()
+def _remove_if_nobody_holds() -> None:
+    # Not under the lock: layers have one of their own, and a collection may come, and end a holder, under either.
+    with _lock:
+        idle = [] if tuple(_holders) else list(_layers)  # the length of the set counts one that is just going
+        _layers[: len(idle)] = []
+    for layer in reversed(idle):
+        layers.remove(layer)
+
+
+def _clear_all() -> None:
+    for holder in tuple(_holders):
+        holder.clear()

@@ -92,6 +92,18 @@ def install(owner: Any, name: str, wrapper: Callable, installer: Any = None) -> 
         return wrapped
 
 
+def after(action: Callable[[], Any]) -> Callable[[Callable, Any, tuple, dict], Any]:
+    """Return a wrapper that calls `action` after each call, also after one that raises."""
+
+    def wrapper(original: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            action()
+
+    return wrapper
+
+
 def _inherited(owner: Any, name: str) -> Callable:
     """Return what calls the attribute that the owner's class has by then: it may be given another one later."""
     cls = type(owner)

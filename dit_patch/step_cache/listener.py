@@ -13,6 +13,9 @@ import torch
 from ..sites import layers, pipeline_models
 from ..upstream.diffusers_internals import RESET_STATE
 
+RUN_END = "maybe_free_model_hooks"
+"""What pipelines of diffusers call on themselves when they have run."""
+
 
 class GenerationListener:
     """Listens for denoising loops that begin and generations that end around one model.
@@ -32,6 +35,7 @@ class GenerationListener:
         on_end: Callable[[], None],
     ) -> None:
         self.target, self.model, self.on_start, self.on_end = target, model, on_start, on_end
+        self._after = layers.after(on_end)
         self._layers: list[layers.Wrapped] = []
         self._boundary: float | None = None
         stages = pipeline_models.find_stages(target, model)
@@ -42,7 +46,7 @@ class GenerationListener:
         for stage in stages:
             self._listen(stage, "forward", self._stage)
         if target is not model and (on_start is not None or not hasattr(model, RESET_STATE)):
-            self._listen(target, "maybe_free_model_hooks", self._after)
+            self._listen(target, RUN_END, self._after)
         self._listen(model, RESET_STATE, self._after)
         #: Whether there is somebody who says when a loop begins.
         self.hears_loops = any(layer.home[1] == "progress_bar" for layer in self._layers)
@@ -86,12 +90,6 @@ class GenerationListener:
     def _stage(self, original, instance, args, kwargs):
         self._boundary = _fastvideo_boundary(*args[:2])
         return self._after(original, instance, args, kwargs)
-
-    def _after(self, original, instance, args, kwargs):
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self.on_end()
 
     def _steps(self, owner: Any, total: int | None) -> int | None:
         """Return how many of a loop's steps fall to this model: with two experts, those on its side of the boundary."""
