@@ -23,6 +23,7 @@ from ..spec.address import AttributeAddress
 from ..spec.model import Spec
 from ..spec.recipe import Case
 from ..spec.registry import Registry
+from .generations import time_generation
 from .rows import Comparison, write_csv
 from .surroundings import choose, environment
 
@@ -114,10 +115,10 @@ def growth(spec: Spec, layers: int, rounds: int) -> Iterator[Comparison]:
     yield _row(
         "growth", spec, "mini", f"apply: the 2nd to 6th model, the last 5 of {_MANY}", applied[1:6], applied[-5:]
     )
-    among = [_generation(crowd[0][0], case, number) for number in range(rounds)]
+    among = [time_generation(crowd[0][0], case, number) for number in range(rounds)]
     for _, handle, _ in crowd[1:]:
         handle.remove()
-    alone = [_generation(crowd[0][0], case, number) for number in range(rounds)]
+    alone = [time_generation(crowd[0][0], case, number) for number in range(rounds)]
     yield _row("growth", spec, "mini", f"a forward: alone, among {_MANY} models", alone, among)
     crowd[0][1].clear()
     made = list(mini.forwards(case, case.sizes[0], steps=1))
@@ -149,18 +150,8 @@ def _in_turns(models: Mapping[str, torch.nn.Module], case: Case, rounds: int) ->
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for name, model in models.items():
-            times[name].append(_generation(model, case, number))
+            times[name].append(time_generation(model, case, number))
     return {name: each[1:] for name, each in times.items()}  # the first warms up
-
-
-def _generation(model: torch.nn.Module, case: Case, number: int) -> float:
-    """Return the microseconds that a forward takes, the mean of a generation with inputs of its own."""
-    made = list(mini.forwards(case, case.sizes[0], steps=4, generation=number))
-    with torch.no_grad():
-        start = time.perf_counter()
-        for arguments in mini.repeat(made):
-            model(**arguments)
-        return (time.perf_counter() - start) / len(made) * 1e6
 
 
 def _new_timesteps(model: torch.nn.Module, arguments: dict[str, Any], steps: int) -> list[float]:

@@ -22,9 +22,9 @@ from ..memo.results import map_tensors
 from ..sites import scope
 from ..spec import mini
 from ..spec.model import Spec
-from ..spec.recipe import Case
 from ..spec.registry import Registry
 from ..upstream.torch_internals import TorchDispatchMode
+from .generations import time_generation
 from .recorded_calls import RecordedCall, model_at_real_size, patched_frame, record_calls
 from .rows import Comparison, write_csv
 from .surroundings import choose, environment
@@ -118,33 +118,16 @@ def forwards(spec: Spec, device: str, seconds: float) -> Iterator[Comparison]:
         plain, patched = (mini.build(spec, case).to(device) for _ in range(2))
         with apply(patched, only=spec.name):
             for model in (plain, patched):
-                _generation(model, case, 0, device)  # a warm-up
+                time_generation(model, case, 0, device)  # a warm-up
             before, after, start, number = [], [], time.perf_counter(), 0
             # In turns, so that whatever else the machine does slows both alike.
             while number < _TURNS or time.perf_counter() - start < 2 * seconds:
                 number += 1
-                before.append(_generation(plain, case, number, device))
-                after.append(_generation(patched, case, number, device))
+                before.append(time_generation(plain, case, number, device))
+                after.append(time_generation(patched, case, number, device))
         low, middle, high = statistics.quantiles(after, n=4)
         what = "a forward, mean of a generation"
         yield Comparison("forwards", spec.name, name, what, "us", statistics.median(before), middle, high - low)
-
-
-def _generation(model: torch.nn.Module, case: Case, number: int, device: str) -> float:
-    """Return the microseconds that a forward takes, the mean of a generation with inputs of its own."""
-    made = list(mini.forwards(case, case.sizes[0], device=device, generation=number))
-    _wait(device)
-    start = time.perf_counter()
-    with torch.no_grad():
-        for arguments in made:
-            model(**arguments)
-    _wait(device)
-    return (time.perf_counter() - start) / len(made) * 1e6
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def _time(function: Callable, call: RecordedCall, seconds: float) -> Measurement:

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..extras import installed_version
@@ -64,9 +65,14 @@ def save(path: str, document: dict[str, Any], as_text: Callable[[dict[str, Any]]
     """Write `document` to a file, whole or not at all: as JSON if the file's name ends so, else as text."""
     content = json.dumps(document, indent=1) if path.endswith(".json") else as_text(document)
     draft = f"{path}.{os.getpid()}"
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(content + "\n")
-    os.replace(draft, path)
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+        os.replace(draft, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(draft)
+        raise
 
 
 def path_of_process(path: str, *, child: bool = False) -> str:

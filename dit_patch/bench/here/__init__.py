@@ -1,8 +1,8 @@
 """`dit-patch bench here`: what patching brings on this machine, in a few minutes, the most telling part first.
 
 `parts` are what is measured, each in a process of its own, see `child`: it is bounded in time, and one that fails
-stops no other. `targets` are the models at real size, `whole_forwards` measures them, `kernels` the rotation and a
-captured forward. `results` holds the figures, and writes them as they come.
+stops no other. `targets` are the models at real size, `whole_forwards` measures them, `captured_forward` one as a CUDA
+graph, and `rotation` the rotation alone. `results` holds the figures, and writes them as they come.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from . import targets
-from .kernels import capture, rotation
+from .captured_forward import captured_forward
 from .results import Row
+from .rotation import rotation
 from .targets import Target
 from .whole_forwards import measure
 
@@ -47,7 +48,7 @@ def _rotation(part: str, setting: Setting) -> Iterator[Row]:
 
 
 def _capture(part: str, setting: Setting) -> Iterator[Row]:
-    return capture(part, targets.WAN_SHORT, setting.device, setting.share(0.7), tiny=setting.tiny)
+    return captured_forward(part, targets.WAN_SHORT, setting.device, setting.share(0.7), tiny=setting.tiny)
 
 
 PARTS = {

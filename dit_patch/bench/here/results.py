@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...errors import DitPatchError, quote
+from ...report.document import save
 
 FAILED, SKIPPED = "failed", "skipped"
 DIFFERS = "NOT the bits of the plain model"
@@ -66,18 +66,15 @@ class Results:
         return f"<Results: {len(self.rows)} rows>"
 
     def write(self) -> None:
-        """Write everything, so that the file is always whole: beside it first, then in its place."""
+        """Write everything as JSON; the file is always whole."""
         if self.out is None:
             return
         if self.out.is_dir():
             raise DitPatchError(f"--out: {quote(str(self.out))} cannot be written: it is a folder")
-        beside = self.out.with_name(f".{self.out.name}.part")
         content = {"environment": self.surroundings, "rows": [asdict(row) for row in self.rows]}
         try:
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, self.out)
+            save(str(self.out), content, lambda each: json.dumps(each, indent=1))
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise DitPatchError(f"--out: {quote(str(self.out))} cannot be written: {error.strerror}") from error
 
 

@@ -88,7 +88,7 @@ def measure(part: str, target: Target, device: torch.device, seconds: float, *, 
     yield Row(part, "outputs", note=words)
     ways = {"plain": plain, "patched": patched}
     times = _in_turns(subject, ways, (end - time.monotonic()) / 3)
-    yield from _rows(part, "", times, "plain", "patched")
+    yield from _rows(part, "a forward", times)
     yield from _profiled(part, subject, ways, times)
     ways = {"plain": twin(plain), "patched": twin(plain)}
     compiled = apply(ways["patched"], only=[subject.spec.name])
@@ -96,7 +96,7 @@ def measure(part: str, target: Target, device: torch.device, seconds: float, *, 
         compile_blocks(subject, model)
     for model in ways.values():
         subject.call(model, subject.generation(0))
-    yield from _rows(part, ", blocks compiled", _in_turns(subject, ways, end - time.monotonic()), "plain", "patched")
+    yield from _rows(part, "a forward, blocks compiled", _in_turns(subject, ways, end - time.monotonic()))
     yield Row(part, "sites", note=f"{sum(row.hits for row in handle.stats())} hits, {handle.nbytes / 2**20:.1f} MiB")
     compiled.remove()
     handle.remove()
@@ -156,14 +156,14 @@ def _medians(times: list[Times]) -> Times:
     )
 
 
-def _rows(part: str, suffix: str, times: Mapping[str, Times], plain: str, patched: str) -> Iterator[Row]:
-    before, after = times[plain], times[patched]
-    yield Row(part, f"a forward{suffix}", "ms", before.wall, after.wall, "until it has ended")
-    yield Row(part, f"a forward{suffix}", "ms", before.host, after.host, "until the host has launched it")
+def _rows(part: str, what: str, times: Mapping[str, Times]) -> Iterator[Row]:
+    before, after = times["plain"], times["patched"]
+    yield Row(part, what, "ms", before.wall, after.wall, "until it has ended")
+    yield Row(part, what, "ms", before.host, after.host, "until the host has launched it")
     if before.events is None:
-        yield Row(part, f"a forward{suffix}", note=f"{NO_GPU} (CUDA events)")
+        yield Row(part, what, note=f"{NO_GPU} (CUDA events)")
     else:
-        yield Row(part, f"a forward{suffix}", "ms", before.events, after.events, "by CUDA events")
+        yield Row(part, what, "ms", before.events, after.events, "by CUDA events")
 
 
 def _profiled(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...rotary import eager, rotary, rotary_qk_
+from ..cuda_graphs import capture
 from .rows import Row
 from .timing import differing
 
@@ -75,16 +76,8 @@ _CHECKS: dict[tuple[str, str], Callable[[torch.device], float]] = {
 
 
 def _capture(call: Callable) -> Callable:
-    """The call as a CUDA graph; the result's memory is the same at each replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    """The call as a CUDA graph, as what replays it, waits, and returns the result."""
+    graph, result = capture(call)
 
     def replay():
         graph.replay()
