@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from dit_patch.spec import mini
 DRY = ["bench", "here", "--tiny", "--device", "cpu"]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="FastVideo is installed with Python 3.11 in the tests")
 def test_a_dry_run_has_rows_of_every_part(tmp_path, capsys):
     pytest.importorskip("fastvideo")
     out = tmp_path / "here.json"

@@ -57,10 +57,10 @@ def exchange(model, make):
     return model.eval()
 
 
-def add_lora(model, targets="all-linear"):
+def add_lora(model, targets="all-linear", alpha=8):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
     model.add_adapter(config, adapter_name="style")
     return model.eval()
 
@@ -186,7 +186,7 @@ def test_a_hotswapped_adapter_is_seen(wan):
     peft = pytest.importorskip("peft")
     targets = ["condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1"]
     for model in wan.both:
-        add_lora(model, targets).requires_grad_(False)
+        add_lora(model, targets, alpha=2).requires_grad_(False)  # the scale, which would be seen, stays 1
     wan.apply()
     calls = wan.calls(steps=1)
     before = verify.run(wan.plain, calls)
