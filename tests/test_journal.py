@@ -281,3 +281,10 @@ def test_a_model_is_counted_in_its_latest_state(journal):
     journal.count_model("a.B", "waiting")
     journal.count_model("a.B", "patched", "waiting")
     assert {(each["state"], each["count"]) for each in journal.document["models"]} == {("waiting", 1), ("patched", 1)}
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "taken.json").mkdir()
+    with pytest.raises(OSError, match="taken.json"):
+        document.save(str(tmp_path / "taken.json"), {}, str)
+    assert [each.name for each in tmp_path.iterdir()] == ["taken.json"]
