@@ -20,7 +20,7 @@ from test_remote import Generator
 import dit_patch
 from dit_patch.report import journal as journals
 from dit_patch.report import kept
-from dit_patch.report.document import document_text, path_of_process
+from dit_patch.report.document import document_text, path_of_process, save
 from dit_patch.report.journal import Journal
 
 HERE = Path(__file__).parent
@@ -286,5 +286,5 @@ def test_a_model_is_counted_in_its_latest_state(journal):
 def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "taken.json").mkdir()
     with pytest.raises(OSError, match="taken.json"):
-        document.save(str(tmp_path / "taken.json"), {}, str)
+        save(str(tmp_path / "taken.json"), {}, str)
     assert [each.name for each in tmp_path.iterdir()] == ["taken.json"]
