@@ -137,15 +137,18 @@ def test_a_site_that_keeps_nothing_is_noticed_too(patched, replace):
             model(torch.ones(4))
 
 
-def test_a_module_inside_what_was_put_around_it_is_still_there(patched):
+def test_a_module_inside_what_was_put_around_it_is_still_there_and_searched_for_once(patched, monkeypatch):
     model, _, handle = patched("  - {at: embed.first.forward, kind: kv_cache, then: 'builtins:abs'}", cls=Nested)
-    [patch] = handle.patched_models[0].patches
+    [site] = handle.patched_models[0].patches
+    searched, find_path = [], patch.find_path
+    monkeypatch.setattr(patch, "find_path", lambda *given: searched.append(given) or find_path(*given))
     model.embed.first = torch.nn.Sequential(model.embed.first)
-    assert not patch.is_replaced and not patch.is_replaced
+    assert not site.is_replaced and not site.is_replaced
+    assert len(searched) == 1
     model.embed.first = model.embed.first[0]
-    assert not patch.is_replaced
+    assert not site.is_replaced
     model.embed.first = torch.nn.Linear(4, 4)
-    assert patch.is_replaced and patch.is_replaced
+    assert site.is_replaced and site.is_replaced
 
 
 def test_nothing_is_left_of_the_patches_of_a_replaced_module(wan):
