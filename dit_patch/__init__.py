@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import DitPatchError, SiteError, SpecError, StepCacheError, UnsupportedModelError, VersionError
 
 if TYPE_CHECKING:
-    from .handle import Handle, apply
+    from .handle import Handle, apply, handle_of, remove
     from .launch.flags import add_arguments, from_args
     from .step_cache import StepCache
 
@@ -29,16 +29,20 @@ __all__ = [
     "add_arguments",
     "apply",
     "from_args",
+    "handle_of",
+    "remove",
 ]
 
 
-# `apply` comes with what knows of worker processes, which has registered there.
+# `apply` and its like come with what knows of worker processes, which has registered there.
 _MODULES = {
     "Handle": ".handle",
     "StepCache": ".step_cache",
     "add_arguments": ".launch.flags",
     "apply": ".launch.workers",
     "from_args": ".launch.flags",
+    "handle_of": ".launch.workers",
+    "remove": ".launch.workers",
 }
 
 

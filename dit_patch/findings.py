@@ -9,9 +9,14 @@ and never looks into a sentence.
 from __future__ import annotations
 
 import enum
+import logging
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
+
+LOGGER = logging.getLogger("dit_patch")
+"""What is warned of is logged, too, for servers, whose warnings nobody reads; and what was patched, at level INFO."""
+LOGGER.addHandler(logging.NullHandler())
 
 _NOT_REACHED = "{site} was not reached in {detail}.forward; "
 
@@ -97,6 +102,7 @@ class FindingKind(enum.Enum):
         "inside another library's wrapper, and asleep there: {detail}. Calls are passed through, and remove() called "
         "again after that library's own removal leaves nothing behind.",
     )
+    PLUGIN_FAULT = (None, "the specs of the installed package {site} are left out: {detail}")
     IN_WORKER = (None, "{site}: {detail}")
 
     # Of a step cache.
@@ -162,4 +168,5 @@ class DitPatchWarning(UserWarning):
 
 def warn(finding: Finding, stacklevel: int = 1) -> None:
     """Warn of the finding; `stacklevel` as for `warnings.warn`, from the caller's view."""
+    LOGGER.warning(finding.warning)
     warnings.warn(DitPatchWarning(finding), stacklevel=stacklevel + 1)

@@ -266,7 +266,7 @@ def test_a_shell_meets_the_same_and_its_status(tmp_path):
     spec["sites"] = [{"at": "ropes.forward", "kind": "rope"}]
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(spec))
-    done = subprocess.run([sys.executable, "-m", "dit_patch.cli", "check", str(path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "dit_patch", "check", str(path)], capture_output=True, text=True)
     assert done.returncode == 1 and "did you mean `rope`?" in done.stdout and "Traceback" not in done.stderr
 
 

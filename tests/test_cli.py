@@ -64,7 +64,7 @@ def test_the_schema_is_json_that_knows_the_words_of_a_spec(capsys):
 
 
 def shell(*arguments):
-    command = [sys.executable, "-X", "importtime", "-m", "dit_patch.cli", *arguments]
+    command = [sys.executable, "-X", "importtime", "-m", "dit_patch", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}

@@ -183,7 +183,7 @@ def test_a_picture_to_begin_with(run, tmp_path):
 def test_a_program_of_its_own_from_the_first_word_to_the_file(saved, tmp_path):
     words = ["generate", "--model", saved / "wan", *CALL, "--prompt", PROMPT, "--out", tmp_path / "x.gif"]
     done = subprocess.run(
-        [sys.executable, "-m", "dit_patch.cli", *map(str, words)],
+        [sys.executable, "-m", "dit_patch", *map(str, words)],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -244,7 +244,7 @@ def test_a_mistake_is_one_clear_error_before_anything_is_measured(arguments, sai
 
 
 def test_an_unknown_case_at_the_shell_is_answered_with_the_cases_there_are():
-    command = [sys.executable, "-m", "dit_patch.cli", "bench", "rotary", "everything"]
+    command = [sys.executable, "-m", "dit_patch", "bench", "rotary", "everything"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert all(name in done.stderr for name in cases.CASES)

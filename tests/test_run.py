@@ -28,7 +28,7 @@ from dit_patch.spec.registry import Registry
 pytestmark = pytest.mark.spread("real")
 
 HERE = Path(__file__).parent
-DIT_PATCH = [sys.executable, "-m", "dit_patch.cli"]
+DIT_PATCH = [sys.executable, "-m", "dit_patch"]
 RUN = [*DIT_PATCH, "run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS, PASSES = 3, 2

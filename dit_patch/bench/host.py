@@ -24,7 +24,7 @@ from ..spec.model import Spec
 from ..spec.recipe import Case
 from ..spec.registry import Registry
 from .generations import time_generation
-from .rows import Comparison, write_csv
+from .rows import Comparison, CsvFile
 from .surroundings import choose, environment
 
 LAYERS = 30
@@ -46,28 +46,27 @@ def run_benchmark(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the host's part is one thread's; others would wait for it, and disturb it
     try:
-        return _run(parts or list(PARTS), choose(Registry(), specs), layers, max(rounds, ROUNDS), csv)
+        return _run(parts or list(PARTS), choose(Registry(), specs), layers, rounds, csv)
     finally:
         torch.set_num_threads(threads)
 
 
 def _run(parts: Sequence[str], specs: Sequence[Spec], layers: int, rounds: int, csv: Path | None) -> int:
     surroundings = environment("cpu")
+    file = CsvFile(csv, Comparison, surroundings)
     print("  ".join(f"{name} {value}" for name, value in surroundings.items()))
     print(f"Toy width, {layers} layers where a mini's configuration names their number: this is the host's part alone.")
-    rows: list[Comparison] = []
     for name in parts:
         title, measure = PARTS[name]
         print(f"\n{title}")
         print(_LINE.format("spec", "case", "what", "plain", "patched", "", "ratio"))
         for spec in specs:
             for row in measure(spec, layers, rounds):
-                rows.append(row)
+                file.add(row)
                 ratio = f"{row.plain / row.patched:.3f}x"
                 figures = (f"{row.plain:,.1f}", f"{row.patched:,.1f}")
                 print(_LINE.format(row.spec, row.case, row.what, *figures, row.unit, ratio), flush=True)
     if csv is not None:
-        write_csv(csv, Comparison, rows, surroundings)
         print(f"\n{csv}")
     return 0
 

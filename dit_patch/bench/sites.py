@@ -26,7 +26,7 @@ from ..spec.registry import Registry
 from ..upstream.torch_internals import TorchDispatchMode
 from .generations import time_generation
 from .recorded_calls import RecordedCall, model_at_real_size, patched_frame, record_calls
-from .rows import Comparison, write_csv
+from .rows import Comparison, CsvFile
 from .surroundings import choose, environment
 
 _TURNS = 3  # at the least
@@ -50,18 +50,17 @@ def run_benchmark(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose(Registry(), specs)
     surroundings = environment(device)
+    file = CsvFile(csv, Comparison, surroundings)
     print("  ".join(f"{name} {value}" for name, value in surroundings.items()))
-    rows: list[Comparison] = []
     for name in parts or PARTS:
         part = PARTS[name]
         print(f"\n{part.title}")
         print(_LINE.format("spec", "case", "what", "plain", "patched", "", f"{part.gain_title:>9}"))
         for spec in chosen:
             for row in part.measure(spec, device, seconds):
-                rows.append(row)
-                print(_line(row, part.gain(row)))
+                file.add(row)
+                print(_line(row, part.gain(row)), flush=True)
     if csv is not None:
-        write_csv(csv, Comparison, rows, surroundings)
         print(f"\n{csv}")
     return 0
 

@@ -10,6 +10,7 @@ import torch
 from packaging.requirements import Requirement
 
 from .. import __version__
+from ..errors import DitPatchError, VersionError
 from ..spec.model import Spec
 from ..spec.registry import Registry
 
@@ -19,14 +20,26 @@ def choose(registry: Registry, names: Sequence[str] | None) -> list[Spec]:
 
     Raises:
         SpecError: a name is neither.
+        DitPatchError: no name is given, and no library is installed.
+        VersionError: a package that one of them needs is not installed.
     """
     if not names:
-        return [spec for spec in registry if installed(spec)]
-    chosen: dict[str, Spec] = {}
+        chosen = [spec for spec in registry if installed(spec)]
+        if not chosen:
+            raise DitPatchError(
+                "nothing to measure, since no library that there are specs for is installed: "
+                "pip install 'dit-patch[diffusers]'"
+            )
+        return chosen
+    named: dict[str, Spec] = {}
     for name in names:
         below = [each for each in registry.names() if each.startswith(f"{name}/")]
-        chosen |= {each: registry.get(each) for each in below or (name,)}
-    return list(chosen.values())
+        named |= {each: registry.get(each) for each in below or (name,)}
+    for spec in named.values():
+        for line in spec.requires:
+            if version(Requirement(line).name) is None:
+                raise VersionError(f"{spec.name} needs {line}, which is not installed: pip install '{line}'")
+    return list(named.values())
 
 
 def installed(spec: Spec) -> bool:

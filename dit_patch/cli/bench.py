@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .numbers import positive_number
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -15,7 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, metavar="DEVICE", help="default: cuda where there is one, else cpu")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every row, with the environment, to FILE")
-    parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="least time per figure (default: 0.5)")
+    parser.add_argument(
+        "--seconds", type=positive_number, default=0.5, metavar="S", help="least time per figure (default: 0.5)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .numbers import positive_number
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--minutes", type=float, default=8.0, metavar="M", help="for all parts together (default: %(default)g)"
+        "--minutes",
+        type=positive_number,
+        default=8.0,
+        metavar="M",
+        help="for all parts together (default: %(default)g)",
     )
     parser.add_argument("--only", action="append", metavar="PART", help="one part, such as wan-short; repeat for more")
     parser.add_argument("--device", default=None, metavar="DEVICE", help="default: cuda")

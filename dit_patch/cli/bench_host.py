@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .numbers import whole_number
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -14,9 +16,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", choices=("forwards", "inside", "growth"), help="one part; repeat for more"
     )
     parser.add_argument(
-        "--layers", type=int, default=30, metavar="N", help="depth of the models (default: %(default)s)"
+        "--layers", type=whole_number(1), default=30, metavar="N", help="depth of the models (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="generations, at least 9 (default: 9)")
+    parser.add_argument(
+        "--rounds", type=whole_number(9), default=9, metavar="N", help="generations, at least 9 (default: 9)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every row, with the environment, to FILE")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .numbers import positive_number, whole_number
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -17,12 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="on a CPU, also what takes minutes")
     parser.add_argument("--only", action="append", choices=("ops", "forwards"), help="one part; repeat for more")
     parser.add_argument("--device", default=None, metavar="DEVICE", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch has it)")
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: as torch has it)")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, metavar="S", help="time per figure (default: %(default)s)"
+        "--seconds", type=positive_number, default=0.5, metavar="S", help="time per figure (default: %(default)s)"
     )
     parser.add_argument(
-        "--layers", type=int, metavar="N", help="of the models in forwards (default: as in their specs)"
+        "--layers", type=whole_number(1), metavar="N", help="of the models in forwards (default: as in their specs)"
     )
     parser.add_argument("--checks", action="store_true", help="on a GPU, also CUDA graphs and more than 2^31 elements")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every row, with the environment, to FILE")

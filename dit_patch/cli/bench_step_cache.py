@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .numbers import number, seed, whole_number
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -23,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threshold",
-        type=float,
+        type=number,
         action="append",
         metavar="R",
         help="a threshold to sweep; repeat for more, all else as in the (first) preset",
@@ -42,16 +44,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="what else to call the pipeline with, such as height=480",
     )
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=30, metavar="N", help="denoising steps (default: %(default)s)"
+    )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         metavar="S",
         help="of the first prompt, the next has the next (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="times each generation is timed (default: %(default)s)"
+        "--repeats",
+        type=whole_number(1),
+        default=3,
+        metavar="N",
+        help="times each generation is timed (default: %(default)s)",
     )
     parser.add_argument(
         "--beside-cache-dit", action="store_true", help="also drive cache-dit itself, on copies of the transformers"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from functools import partial
 from pathlib import Path
 
 from ..launch.flags import add_spec_arguments
@@ -27,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", metavar="DTYPE", help="to load --model in (default: %(default)s)"
     )
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON, at its end")
     add_spec_arguments(parser)
     parser.epilog = (
         "The exit status is 1 where anything is wrong: a key that is too coarse, an address or argument that does not "
@@ -57,8 +61,9 @@ def run(options: argparse.Namespace) -> int:
         subjects = cases.minis(spec)
     if options.model is None:
         torch.set_num_threads(1)  # minis are too small to share
-    print(f"{spec.name}  ({spec.path})\n{', '.join(name.rpartition('.')[2] for name in spec.classes)}\n")
+    say = (lambda line: print(line, file=sys.stderr, flush=True)) if options.json else partial(print, flush=True)
+    say(f"{spec.name}  ({spec.path})\n{', '.join(name.rpartition('.')[2] for name in spec.classes)}\n")
     with quiet_upstream():
-        result = try_spec(spec, subjects, device=device)
-    print(f"\n{result_text(result)}")
+        result = try_spec(spec, subjects, device=device, say=say)
+    print(json.dumps(result.as_dict(), indent=1) if options.json else f"\n{result_text(result)}")
     return 1 if result.problems else 0

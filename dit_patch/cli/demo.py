@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .numbers import seed, whole_number
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("dit-patch-demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and noise (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=8, metavar="N", help="denoising steps (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of weights and noise (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..launch import flags
+from .numbers import number, positive_number, seed, whole_number
 
 OFFLOAD = ("none", "model", "sequential", "group")
 COMPILE = ("none", "blocks", "model")
@@ -45,12 +46,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     call.add_argument("--prompt", metavar="TEXT")
     call.add_argument("--negative-prompt", metavar="TEXT")
     call.add_argument("--image", type=Path, metavar="FILE", help="a picture to begin with, for image-to-video")
-    call.add_argument("--height", type=int, metavar="PIXELS")
-    call.add_argument("--width", type=int, metavar="PIXELS")
-    call.add_argument("--frames", type=int, metavar="N", help="of a video")
-    call.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    call.add_argument("--guidance", type=float, metavar="SCALE")
-    call.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (default: %(default)s)")
+    call.add_argument("--height", type=whole_number(1), metavar="PIXELS")
+    call.add_argument("--width", type=whole_number(1), metavar="PIXELS")
+    call.add_argument("--frames", type=whole_number(1), metavar="N", help="of a video")
+    call.add_argument("--steps", type=whole_number(1), metavar="N", help="denoising steps")
+    call.add_argument("--guidance", type=number, metavar="SCALE")
+    call.add_argument("--seed", type=seed, default=0, metavar="S", help="of the noise (default: %(default)s)")
     call.add_argument(
         "--call",
         action="append",
@@ -67,7 +68,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=".mp4 or .gif; .png: the picture, or a contact sheet of a video; a name without ending: a folder with "
         "every frame (default: dit-patch.mp4, or dit-patch.png for a picture)",
     )
-    result.add_argument("--fps", type=float, default=16.0, metavar="N", help="of the file (default: %(default)g)")
+    result.add_argument(
+        "--fps", type=positive_number, default=16.0, metavar="N", help="of the file (default: %(default)g)"
+    )
     result.add_argument(
         "--compare",
         action="store_true",

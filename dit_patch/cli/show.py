@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING
 
 from ..launch.flags import add_spec_arguments
@@ -16,6 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--live", action="store_true", help="also patch the spec's small model, call it, and explain each site's calls"
     )
+    parser.add_argument("--json", action="store_true", help="as JSON, in the words of a spec's file")
     add_spec_arguments(parser)
 
 
@@ -23,6 +25,11 @@ def run(options: argparse.Namespace) -> int:
     from ..spec.registry import Registry
 
     spec = Registry(options.spec_dir, trust=options.trust_specs).get(options.name)
+    if options.json:
+        content = spec.model_dump(mode="json", exclude_unset=True)
+        live = {"live": _live(spec)} if options.live else {}
+        print(json.dumps({"name": spec.name, "path": str(spec.path), **content, **live}, indent=1))
+        return 0
     print(f"{spec.name}  ({spec.path})")
     for name in spec.classes:
         print(f"  model     {name}")
@@ -62,9 +69,10 @@ def _live(spec: Spec) -> str:
     """Return how the sites did in a generation of two steps on the spec's small model."""
     import torch
 
-    from ..handle import apply
+    from ..handle import apply, check_versions
     from ..spec import mini
 
+    check_versions(spec, strict=True)
     case = spec.mini.case()
     model = mini.build(spec, case)
     with torch.no_grad(), apply(model, only=[spec.name]) as handle:

@@ -4,7 +4,7 @@
     print(handle)
     handle.remove()
 
-`entry` is `apply`.
+`entry` is `apply`, `handle_of` and `remove`.
 `options` is what the user asked for, checked once.
 `transaction` finds the models that have specs, and patches all of them or none.
 `handle` is what the user gets.
@@ -12,9 +12,19 @@
 `reach` notices which sites the forwards of a model do not reach.
 """
 
-from .entry import apply
-from .handle import Handle, handle_of
+from .entry import apply, handle_of, remove
+from .handle import Handle, own_handle
 from .options import Options
 from .transaction import check_versions, patch_models, with_specs
 
-__all__ = ["Handle", "Options", "apply", "check_versions", "handle_of", "patch_models", "with_specs"]
+__all__ = [
+    "Handle",
+    "Options",
+    "apply",
+    "check_versions",
+    "handle_of",
+    "own_handle",
+    "patch_models",
+    "remove",
+    "with_specs",
+]

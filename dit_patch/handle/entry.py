@@ -1,16 +1,18 @@
-"""`apply`: from what a user asks for to a handle."""
+"""`apply`: from what a user asks for to a handle; and `handle_of` and `remove`, for a handle that was not kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import DitPatchError
+from ..findings import LOGGER
 from ..report.reported import ReportedHandle
 from ..sites.pipeline_models import find_models
 from ..spec.registry import Registry
 from ..step_cache import StepCache
-from .handle import handle_of
+from .handle import own_handle
 from .options import Options
 from .transaction import check_versions, existing_handle, patch_exchanged, patch_models, with_specs
 
@@ -18,12 +20,24 @@ if TYPE_CHECKING:
     from ..launch.workers import RemoteHandle
     from .handle import Handle
 
-_elsewhere: list[tuple[Callable[[Any], bool], Callable[..., ReportedHandle]]] = []
+
+class Elsewhere(NamedTuple):
+    """What patches targets whose models live in other processes."""
+
+    #: Whether the models of a target do.
+    is_elsewhere: Callable[[Any], bool]
+    #: Takes what `apply` takes.
+    apply: Callable[..., ReportedHandle]
+    #: The handle of a target that is patched, or None.
+    handle_of: Callable[[Any], ReportedHandle | None]
 
 
-def register(is_elsewhere: Callable[[Any], bool], apply_there: Callable[..., ReportedHandle]) -> None:
-    """Have `apply_there`, which takes what `apply` takes, patch targets whose models live in other processes."""
-    _elsewhere.append((is_elsewhere, apply_there))
+_elsewhere: list[Elsewhere] = []
+
+
+def register(elsewhere: Elsewhere) -> None:
+    """Have targets whose models live in other processes patched by `elsewhere`."""
+    _elsewhere.append(elsewhere)
 
 
 def apply(
@@ -71,19 +85,64 @@ def apply(
     """
     asked = {"only": only, "max_bytes": max_bytes, "check": check, "fixes": fixes}
     asked["step_cache"] = StepCache.of(step_cache)
-    for is_elsewhere, apply_there in _elsewhere:
-        if is_elsewhere(target):
-            return apply_there(target, strict=strict, specs=specs, trust=trust, **asked)
+    for elsewhere in _elsewhere:
+        if elsewhere.is_elsewhere(target):
+            return elsewhere.apply(target, strict=strict, specs=specs, trust=trust, **asked)
     directories = (specs,) if isinstance(specs, (str, PathLike)) else tuple(specs)
     registry = Registry(directories, trust=trust)
     options = Options.from_user(registry, directories=directories, **asked)
     chosen = with_specs(find_models(target), registry, options.specs)
     existing = existing_handle(chosen, options)
-    fresh = {name: (model, spec) for name, (model, spec) in chosen.items() if handle_of(model) is None}
+    fresh = {name: (model, spec) for name, (model, spec) in chosen.items() if own_handle(model) is None}
     for _, spec in fresh.values():
         check_versions(spec, strict)
     if existing is None:
-        return patch_models(target, fresh, options)
+        handle = patch_models(target, fresh, options)
+        LOGGER.info("patched %s", ", ".join(f"{name} ({spec.name})" for name, (_, spec) in fresh.items()))
+        return handle
     patch_exchanged(existing, target, fresh)
     existing.repair(target)
     return existing
+
+
+def handle_of(target: Any) -> Handle | RemoteHandle | None:
+    """Return the handle of what was patched in `target`, where it was not kept; None if nothing is.
+
+    Args:
+        target: what `apply` takes.
+
+    Raises:
+        DitPatchError: several handles have patched models of it; ask for one of the models.
+    """
+    handles = _handles_of(target)
+    if len(handles) > 1:
+        raise DitPatchError(
+            f"{len(handles)} handles have patched models in this {type(target).__name__}: "
+            f"{'; '.join(', '.join(handle.models) for handle in handles)}\n"
+            "    Ask for one of the models: dit_patch.handle_of(pipeline.transformer)."
+        )
+    return handles[0] if handles else None
+
+
+def remove(target: Any) -> bool:
+    """Take every patch in `target` back, as `remove()` of its handle does; several handles go, too.
+
+    Args:
+        target: what `apply` takes.
+
+    Returns:
+        Whether there was anything to take back.
+    """
+    handles = _handles_of(target)
+    for handle in handles:
+        handle.remove()
+    return bool(handles)
+
+
+def _handles_of(target: Any) -> list[Any]:
+    for elsewhere in _elsewhere:
+        if elsewhere.is_elsewhere(target):
+            handle = elsewhere.handle_of(target)
+            return [] if handle is None else [handle]
+    modules = (module for model in find_models(target).values() for module in model.modules())
+    return list(dict.fromkeys(handle for module in modules if (handle := own_handle(module)) is not None))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..findings import Finding, FindingKind, warn
+from ..findings import LOGGER, Finding, FindingKind, warn
 from ..memo.store import Budget
 from ..report.reported import ReportedHandle
 from ..report.rows import SiteStats
@@ -52,6 +52,8 @@ class Handle(ReportedHandle):
 
     def remove(self) -> None:
         """Take every patch back, in whatever order other libraries have come and gone; harmless when repeated."""
+        if self.patched_models:
+            LOGGER.info("took back the patches of %s", ", ".join(self.models))
         self._end(removed=True)
         asleep = self.take_back()
         if asleep:
@@ -176,7 +178,7 @@ class Handle(ReportedHandle):
         return asleep
 
 
-def handle_of(model: torch.nn.Module) -> Handle | None:
-    """Return the handle that patched `model`, read from the model's own hooks."""
+def own_handle(model: torch.nn.Module) -> Handle | None:
+    """Return the handle that patched `model` itself, read from the model's own hooks."""
     scope = scope_of(model)
     return None if scope is None else scope.handle

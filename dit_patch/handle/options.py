@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import DitPatchError, suggest
+from ..errors import DitPatchError, quote, suggest
 from ..memo.lookup import CHECKS
 from ..spec.model import Site
 from ..spec.registry import Registry
 from ..step_cache import StepCache
+
+_WORDS = {
+    "only": "only (kinds of sites):",
+    "specs": "only (specs):",
+    "max_bytes": "max_bytes:",
+    "check": "check:",
+    "fixes": "fixes:",
+    "directories": "specs (directories):",
+    "step_cache": "step_cache:",
+}
+"""What the user calls each of the options."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,20 @@ class Options:
             step_cache=step_cache,
         )
 
+    def difference(self, other: Options) -> str:
+        """Return in words which options differ in another `apply`."""
+        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
+        differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return "; ".join(
+            f"{_WORDS[name]} {_words(before)} then, {_words(now)} now" for name, (before, now) in differing.items()
+        )
+
     def wants(self, site: Site) -> bool:
         """Return whether sites of this kind are to be patched."""
         return self.only is None or site.kind in self.only
+
+
+def _words(value: Any) -> str:
+    if value is None or value == ():
+        return "none" if value == () else "not given"
+    return ", ".join(map(quote, value)) if isinstance(value, tuple) else quote(value)

@@ -15,7 +15,7 @@ from ..findings import Finding, FindingKind, warn
 from ..sites.pipeline_models import is_compiled_in, unwrap
 from ..spec.model import Spec
 from ..spec.registry import Registry
-from .handle import Handle, handle_of
+from .handle import Handle, own_handle
 from .options import Options
 
 Chosen = Mapping[str, tuple[torch.nn.Module, Spec]]
@@ -100,22 +100,22 @@ def existing_handle(chosen: Chosen, options: Options) -> Handle | None:
     if not handles:
         return None
     patched = {each.name for each in handles[0].patched_models}
-    is_whole = all(handle_of(model) is not None or name in patched for name, (model, _) in chosen.items())
+    is_whole = all(own_handle(model) is not None or name in patched for name, (model, _) in chosen.items())
     if not is_whole or any(handle is not handles[0] for handle in handles):
         raise DitPatchError(
-            "some of these models are patched by another handle already; call its remove() before applying again"
+            "some of these models are patched by another handle already\n"
+            "    Call dit_patch.remove(...) on what you apply to, or that handle's remove(), first."
         )
     if handles[0].options != options:
         raise DitPatchError(
-            f"already patched with other options: {handles[0].options}\n"
-            f"    now asked for: {options}\n"
-            "    Call handle.remove() first."
+            f"already patched with other options: {handles[0].options.difference(options)}\n"
+            "    Call dit_patch.remove(...) on what you apply to, or handle.remove(), first."
         )
     return handles[0]
 
 
 def _handles(chosen: Chosen) -> list[Handle]:
-    return [handle for model, _ in chosen.values() if (handle := handle_of(model)) is not None]
+    return [handle for model, _ in chosen.values() if (handle := own_handle(model)) is not None]
 
 
 def check_versions(spec: Spec, strict: bool) -> None:

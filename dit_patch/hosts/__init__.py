@@ -8,3 +8,6 @@ weights; and the functions that a spec's `rollout:` names.
 - `transformers`: models that are built from a configuration object.
 - `zero_init`: models whose modulation begins at zero.
 """
+
+HOSTS = {"fastvideo": f"{__name__}.fastvideo", "transformers": f"{__name__}.transformers"}
+"""The host of each package all of whose models need one."""

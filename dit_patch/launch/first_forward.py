@@ -21,7 +21,7 @@ import torch
 import wrapt
 
 from ..errors import UnsupportedModelError
-from ..handle import apply, handle_of
+from ..handle import apply, own_handle
 from ..report.document import NEVER_CALLED, PATCHED
 from ..report.journal import journal
 from ..sites import layers
@@ -31,8 +31,6 @@ from ..upstream.torch_internals import forward_pre_hooks, is_capturing, tracing_
 from .find_pipeline import pipeline_of
 from .flags import Choice
 from .run_folder import STRICT
-
-record_in = journal.record_in
 
 _watched_classes: set[type] = set()
 _patching = threading.RLock()  # held while a model is patched, so that threads which share it patch it once
@@ -129,7 +127,7 @@ class FirstForward:
         """Patch the model with the pipeline that runs it; return whether that was done now."""
         name = _name(model)
         if scope_of(model) is not None:
-            ours = handle_of(model).is_automatic
+            ours = own_handle(model).is_automatic
             journal.count_model(name, PATCHED if ours else "patched by the program itself", NEVER_CALLED)
             return False
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,15 @@ _PATCH_MODEL = (
     "`off` patches nothing"
 )
 _STEP_CACHE = (
-    "also skip blocks where a step changes little, which CHANGES THE OUTPUT: quality, balanced (where nothing follows) "
-    "or performance"
+    "also skip blocks where a step changes little, which CHANGES THE OUTPUT: quality, balanced (where nothing "
+    "follows), performance, or a .yaml file of knobs"
 )
+_MAX_BYTES = "what the caches of all patched models of a pipeline may hold, such as 2GiB or 500MB (default: 256MiB)"
 _REPORT = "write what was patched and what it saved to PATH when the program ends; as JSON if PATH ends so; - prints it"
+
+
+_BYTES = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt]i?)?b?)", re.IGNORECASE)
+_UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Choice:
     spec_dir: tuple[str, ...] = ()
     trust_specs: bool = False
     patch_report: str | None = None
+    max_bytes: int | None = None
 
     @classmethod
     def from_args(cls, args: Any, environ: Mapping[str, str] | None = None) -> Choice:
@@ -68,12 +75,14 @@ class Choice:
 
     def to_environment(self) -> dict[str, str]:
         """Return the variables from which `from_environment` reads this choice."""
+        is_file = self.step_cache is not None and os.path.isfile(self.step_cache)
         texts = {
             "patch_model": self.patch_model,
-            "step_cache": self.step_cache,
+            "step_cache": os.path.abspath(self.step_cache) if is_file else self.step_cache,
             "spec_dir": os.pathsep.join(map(os.path.abspath, self.spec_dir)),
             "trust_specs": "1" if self.trust_specs else "",
             "patch_report": self.patch_report,
+            "max_bytes": str(self.max_bytes) if self.max_bytes else "",
         }
         return {VARIABLES[name]: text for name, text in texts.items() if text}
 
@@ -89,7 +98,8 @@ class Choice:
         words = [word.strip() for word in (self.patch_model or AUTO).split(",") if word.strip()]
         only = None if AUTO in words else () if words == [OFF] else tuple(words)
         step_cache = self.step_cache if _is_on(self.step_cache) else None
-        return {"only": only, "step_cache": step_cache, "specs": self.spec_dir, "trust": self.trust_specs}
+        options = {"only": only, "step_cache": step_cache, "specs": self.spec_dir, "trust": self.trust_specs}
+        return options if self.max_bytes is None else {**options, "max_bytes": self.max_bytes}
 
 
 VARIABLES = {
@@ -98,19 +108,22 @@ VARIABLES = {
     "spec_dir": "DIT_PATCH_SPEC_DIR",
     "trust_specs": "DIT_PATCH_TRUST_SPECS",
     "patch_report": "DIT_PATCH_REPORT",
+    "max_bytes": "DIT_PATCH_MAX_BYTES",
 }
 """The environment variable that stands in for each flag; `DIT_PATCH_SPEC_DIR` is a list as PATH is one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--patch-model [WHAT]`, `--step-cache [PRESET]`, `--spec-dir`, `--trust-specs` and `--patch-report`.
+    """Add `--patch-model`, `--step-cache`, `--max-bytes`, `--spec-dir`, `--trust-specs` and `--patch-report`.
 
     Where a flag is not given, its environment variable counts (`DIT_PATCH_MODEL`, `DIT_PATCH_STEP_CACHE`,
-    `DIT_PATCH_SPEC_DIR`, `DIT_PATCH_TRUST_SPECS`, `DIT_PATCH_REPORT`); without either nothing is patched.
+    `DIT_PATCH_MAX_BYTES`, `DIT_PATCH_SPEC_DIR`, `DIT_PATCH_TRUST_SPECS`, `DIT_PATCH_REPORT`); without either nothing
+    is patched.
     """
     group = parser.add_argument_group("dit_patch", f"or by {', '.join(VARIABLES.values())} in the environment")
     group.add_argument("--patch-model", nargs="?", const=AUTO, metavar="WHAT", help=_PATCH_MODEL)
     group.add_argument("--step-cache", nargs="?", const="balanced", metavar="PRESET", help=_STEP_CACHE)
+    group.add_argument("--max-bytes", metavar="N", help=_MAX_BYTES)
     add_spec_arguments(group)
     group.add_argument("--patch-report", metavar="PATH", help=_REPORT)
 
@@ -127,7 +140,7 @@ def from_args(pipeline: Any, args: Any) -> Handle | RemoteHandle | None:
     Args:
         pipeline: what `dit_patch.apply` takes.
         args: what the parser of `add_arguments` returned; or a mapping with any of the keys `patch_model`,
-            `step_cache`, `spec_dir`, `trust_specs` and `patch_report`, for click, typer and others.
+            `step_cache`, `max_bytes`, `spec_dir`, `trust_specs` and `patch_report`, for click, typer and others.
 
     Raises:
         DitPatchError: as `dit_patch.apply`.
@@ -153,6 +166,7 @@ def _read_values(values: Mapping[str, Any]) -> dict[str, Any]:
         "spec_dir": _read_directories(values.get("spec_dir")),
         "trust_specs": _read_switch("trust_specs", values),
         "patch_report": _read_text("patch_report", values, bare=AUTO),
+        "max_bytes": _read_bytes(values.get("max_bytes")),
     }
 
 
@@ -173,6 +187,18 @@ def _read_directories(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = value.split(os.pathsep)
     return tuple(os.fspath(each) for each in value or () if each)
+
+
+def _read_bytes(value: Any) -> int | None:
+    """Return a number of bytes from text with a unit (2GiB, 500MB, 4096), or from a number."""
+    if value is None or value == "":
+        return None
+    found = _BYTES.fullmatch(str(value).strip())
+    unit = found and found["unit"].lower()
+    number = 0 if found is None else int(float(found["number"]) * (1024 if "i" in unit else 1000) ** _UNITS[unit[:1]])
+    if number < 1:
+        raise DitPatchError(f"max_bytes: {quote(value)} is no number of bytes; write 2GiB, 500MB or 268435456")
+    return number
 
 
 def _read_switch(name: str, values: Mapping[str, Any]) -> bool:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DitPatchError, quote
+from ..outputs import check_file, check_folder, write_errors
 from ..report.document import path_of_process, save
+from .chosen_specs import chosen_specs
 from .flags import AUTO, VARIABLES, Choice
-from .run_folder import CLASSES, FOLDER, SITE, STRICT
+from .run_folder import CLASSES, CLASSES_VARIABLE, FOLDER, SITE, STRICT
 from .summary import Summary
 
 NOT_PATCHED = 3
@@ -41,7 +43,8 @@ def run_command(choice: Choice, command: Sequence[str], *, strict: bool = False)
     if not choice.is_wanted:
         print("dit-patch run: --patch-model off: the command runs as it is", file=sys.stderr)
         return _wait_for(command, _without_flags(os.environ))
-    classes = _classes(choice)
+    hint = "\n    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
+    classes = chosen_specs(choice, hint=hint, strict=strict)
     report = _report_file(choice.patch_report)
     folder = Path(tempfile.mkdtemp(prefix="dit-patch-run-"))
     try:
@@ -56,20 +59,28 @@ def run_command(choice: Choice, command: Sequence[str], *, strict: bool = False)
     return status
 
 
-def _classes(choice: Choice) -> list[str]:
-    """Return the dotted names of the classes to watch.
+def environment_for_workers(choice: Choice, folder: Path | None, *, strict: bool = False) -> dict[str, str]:
+    """Return the variables under which Python processes patch themselves, wherever somebody else starts them.
+
+    Args:
+        choice: of the command line.
+        folder: where each process leaves its report, for `dit-patch report`; it is made. None prints each report when
+            its process ends.
+        strict: a model that cannot be patched is an error of its program.
 
     Raises:
-        DitPatchError: a chosen spec, kind or preset does not exist, or a spec cannot be read.
+        DitPatchError: the choice makes no sense, or the folder cannot be written in.
     """
-    from ..spec.registry import Registry
-    from ..step_cache import StepCache
-
-    registry = Registry(choice.spec_dir, trust=choice.trust_specs)
-    hint = "\n    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
-    _, names = registry.selection(choice.options["only"] or (), "--patch-model", hint)
-    StepCache.of(choice.options["step_cache"])
-    return [name for name, spec in registry.classes().items() if spec.is_wanted(names)]
+    if choice.patch_model is None:
+        choice = replace(choice, patch_model=AUTO)
+    classes = chosen_specs(choice, strict=strict)
+    if folder is not None:
+        check_folder("--patch-report", folder)
+        with write_errors("--patch-report", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    environment = _environment(choice, folder, strict)
+    ours = {name: value for name, value in environment.items() if name == "PYTHONPATH" or name.startswith("DIT_PATCH_")}
+    return {**ours, CLASSES_VARIABLE: " ".join(classes)}
 
 
 def _report_file(path: str | None) -> str | None:
@@ -81,16 +92,15 @@ def _report_file(path: str | None) -> str | None:
     if path is None or path == "-":
         return None
     path = os.path.abspath(path_of_process(path))
-    parent = os.path.dirname(path)
-    if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise DitPatchError(f"--patch-report: {quote(path)} cannot be written; give a file in a directory that exists")
+    check_file("--patch-report", path)
     return path
 
 
-def _environment(choice: Choice, folder: Path, strict: bool) -> dict[str, str]:
+def _environment(choice: Choice, folder: Path | None, strict: bool) -> dict[str, str]:
     environment = _without_flags(os.environ)
     environment |= replace(choice, patch_report=None).to_environment()
-    environment[FOLDER] = str(folder)
+    if folder is not None:
+        environment[FOLDER] = str(folder.absolute())
     if strict:
         environment[STRICT] = "1"
     theirs = environment.get("PYTHONPATH")
@@ -99,7 +109,7 @@ def _environment(choice: Choice, folder: Path, strict: bool) -> dict[str, str]:
 
 
 def _without_flags(environ: Mapping[str, str]) -> dict[str, str]:
-    ours = {*VARIABLES.values(), FOLDER, STRICT}
+    ours = {*VARIABLES.values(), FOLDER, STRICT, CLASSES_VARIABLE}
     return {name: value for name, value in environ.items() if name not in ours}
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from types import ModuleType
 import wrapt
 
 from ..findings import DitPatchWarning
+from .flags import VARIABLES
 
 
 def start(folder: str, classes: Sequence[str]) -> None:
     """Have the classes with these dotted names watched as soon as their modules are imported.
 
     Args:
-        folder: of the run; the process writes its report there.
+        folder: of the run; the process writes its report there. Where it is "", the report goes where
+            `DIT_PATCH_REPORT` says, or to standard error, when the process ends.
         classes: dotted names.
     """
     by_module: dict[str, list[str]] = {}
@@ -33,11 +36,15 @@ def start(folder: str, classes: Sequence[str]) -> None:
 
 def _watch_classes(folder: str, names: list[str], module: ModuleType) -> None:
     try:
+        from ..report.journal import journal
         from . import first_forward
 
         # Under -W error a warning of ours would end the program.
         warnings.filterwarnings("default", category=DitPatchWarning)
-        first_forward.record_in(folder)
+        if folder:
+            journal.record_in(folder)
+        else:
+            journal.report_at_exit(os.environ.get(VARIABLES["patch_report"]) or "-")
         for name in names:
             cls = vars(module).get(name)
             if isinstance(cls, type):  # other versions of a library may lack it

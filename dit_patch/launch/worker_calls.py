@@ -21,7 +21,7 @@ from typing import Any
 from .. import errors
 from ..errors import DitPatchError
 from ..findings import DitPatchWarning, Finding, FindingKind, warn
-from ..handle import Handle, Options, apply, handle_of
+from ..handle import Handle, Options, apply, own_handle
 from ..report.rows import Rows
 from ..sites.pipeline_models import find_models
 from ..upstream import fastvideo_internals
@@ -165,6 +165,15 @@ def patch_pipeline(worker: Any, options: dict[str, Any], token: str) -> Applied:
     return Applied(handle.token, handle.options)
 
 
+def find_handle(worker: Any) -> Applied | None:
+    """Return the worker's handle, if there is one; one that was made in the worker itself gets a token."""
+    handle = _existing_handle(worker.pipeline)
+    if handle is None:
+        return None
+    handle.token = handle.token or uuid.uuid4().hex
+    return Applied(handle.token, handle.options)
+
+
 def call_handle(worker: Any, tokens: dict[int, str], *methods: str) -> Rows | None:
     """Call methods of the worker's handle; its rows after that, or None if it is not there any more."""
     handle = _existing_handle(worker.pipeline)
@@ -176,4 +185,4 @@ def call_handle(worker: Any, tokens: dict[int, str], *methods: str) -> Rows | No
 
 
 def _existing_handle(pipeline: Any) -> Handle | None:
-    return next(filter(None, map(handle_of, find_models(pipeline).values())), None)
+    return next(filter(None, map(own_handle, find_models(pipeline).values())), None)

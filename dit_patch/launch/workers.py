@@ -11,22 +11,22 @@ from __future__ import annotations
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedModelError
-from ..handle import Options, apply
-from ..handle.entry import register
+from ..handle import Options, apply, handle_of, remove
+from ..handle.entry import Elsewhere, register
 from ..report.reported import ReportedHandle
 from ..report.rows import Rows, SiteStats
 from ..sites import layers
 from ..step_cache.stats import StepStats
-from .worker_calls import WorkersGone, call_handle, call_workers, error_of, patch_pipeline
+from .worker_calls import Answer, WorkersGone, call_handle, call_workers, error_of, find_handle, patch_pipeline
 
-__all__ = ["RemoteHandle", "apply", "apply_in_workers", "is_remote"]
+__all__ = ["RemoteHandle", "apply", "apply_in_workers", "handle_of", "is_remote", "remove"]
 
 
 def is_remote(target: Any) -> bool:
@@ -57,8 +57,26 @@ def apply_in_workers(target: Any, **options: Any) -> RemoteHandle:
     if error_of(answers) is not None:
         undone = call_workers(executor, call_handle, {answer.rank: token for answer in answers}, "remove")
         raise error_of([*answers, *undone])
-    applied = {answer.rank: answer.value for answer in answers}
-    return RemoteHandle(executor, {rank: each.token for rank, each in applied.items()}, answers[0].value.options)
+    return _remote_handle(executor, answers)
+
+
+def handle_in_workers(target: Any) -> RemoteHandle | None:
+    """Return the handle of what was patched in the workers of `target`; None if nothing is.
+
+    Raises:
+        DitPatchError: the workers are gone, or do not answer.
+    """
+    executor = _executor(target)
+    answers = call_workers(executor, find_handle)
+    if error_of(answers) is not None:
+        raise error_of(answers)
+    patched = [answer for answer in answers if answer.value is not None]
+    return _remote_handle(executor, patched) if patched else None
+
+
+def _remote_handle(executor: Any, answers: Sequence[Answer]) -> RemoteHandle:
+    """Return the handle of the workers that have answered with what they `Applied`."""
+    return RemoteHandle(executor, {each.rank: each.value.token for each in answers}, answers[0].value.options)
 
 
 class RemoteHandle(ReportedHandle):
@@ -190,4 +208,4 @@ def _portable(options: dict[str, Any]) -> dict[str, Any]:
     return portable
 
 
-register(is_remote, apply_in_workers)
+register(Elsewhere(is_remote, apply_in_workers, handle_in_workers))

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
+from ..outputs import check_folder, replacing, write_errors
 from ..upstream.verbosity import quiet_upstream
 from . import tiny_pipelines
-from .pictures import contact_sheet, difference, difference_text, write_gif, write_mp4
+from .pictures import contact_sheet, difference, difference_text, labelled, write_gif, write_mp4
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def run_demo(
     if apply is None:
         from .. import apply
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder("--out", out)
     with quiet_upstream():
         played = [_play(scene, out, steps, seed, size, apply) for scene in SCENES]
         if find_spec("cache_dit") is None or find_spec("skimage") is None:
@@ -121,7 +122,7 @@ def _play(scene: Scene, out: Path, steps: int, seed: int, size: tuple[int, int, 
     print(_times_table(plain, patched, removed), flush=True)
 
     picture = out / f"{scene.name}.png"
-    contact_sheet({"plain": plain.video, "patched": patched.video}).save(picture)
+    _save_picture(picture, {"plain": plain.video, "patched": patched.video})
     video = _write_video(out / f"{scene.name}.mp4", plain.video, patched.video)
     return differs is None and remains is None, [picture, video]
 
@@ -163,9 +164,9 @@ def _play_step_cache(out: Path, seed: int, apply) -> tuple[bool, list[Path]]:
     )
     picture = out / "step_cache.png"
     rows = {"plain": plain.frames, "patched": patched.frames, "step cache": cached.frames}
-    contact_sheet(
-        {label: frames.repeat_interleave(4, -1).repeat_interleave(4, -2) for label, frames in rows.items()}
-    ).save(picture)
+    _save_picture(
+        picture, {label: frames.repeat_interleave(4, -1).repeat_interleave(4, -2) for label, frames in rows.items()}
+    )
     return differs is None, [picture]
 
 
@@ -210,12 +211,21 @@ def _write_video(path: Path, plain: torch.Tensor, patched: torch.Tensor) -> Path
     """Write plain on the left, patched on the right, and return the path; a GIF if ffmpeg does not run."""
     import torch
 
-    frames = torch.cat([plain, patched], dim=-1)
+    frames = torch.cat([labelled("plain", plain), labelled("patched", patched)], dim=-1)
     try:
-        write_mp4(path, frames)
+        with replacing(path) as draft:
+            write_mp4(draft, frames)
     except (ImportError, OSError, RuntimeError) as error:
-        path.unlink(missing_ok=True)
         path = path.with_suffix(".gif")
         print(f"no mp4, since ffmpeg does not run here ({type(error).__name__}): {path.name} instead", file=sys.stderr)
-        write_gif(path, frames)
+        with write_errors("--out", path), replacing(path) as draft:
+            write_gif(draft, frames)
     return path
+
+
+def _save_picture(path: Path, rows: dict[str, torch.Tensor]) -> None:
+    """Write a contact sheet with a row for each labelled video."""
+    with write_errors("--out", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft:
+            contact_sheet(rows).save(draft)

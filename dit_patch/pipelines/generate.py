@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import extras
-from ..errors import DitPatchError, quote
+from ..errors import DitPatchError, UnsupportedModelError, quote
 from ..launch import flags
+from ..launch.chosen_specs import chosen_specs
+from ..outputs import check_file, replacing, write_errors
+from ..spec.model import Spec
+from ..step_cache import requirements
 from . import call_arguments, loading, pictures
 from .timed_call import Generated, generate
 
@@ -32,6 +35,7 @@ NAMES = {
     "guidance": "guidance_scale",
 }
 """The parameter of a pipeline that each of these flags sets."""
+_FLAGS = {parameter: flag for flag, parameter in NAMES.items()}
 _SET_ELSEWHERE = {
     "generator": "--seed",
     "output_type": "--out",
@@ -50,6 +54,9 @@ def run_generate(options: argparse.Namespace) -> int:
     """
     choice = _choice(options)
     _check_options(options)
+    specs = chosen_specs(choice) if choice.is_wanted else {}
+    if choice.options["step_cache"] is not None:
+        requirements.cache_dit()
     dtype, device = loading.dtype(["bfloat16", *(options.dtype or ())]), loading.device(options.device)
     if options.offload in ("model", "sequential") and device.type == "cpu":
         raise DitPatchError(
@@ -59,6 +66,8 @@ def run_generate(options: argparse.Namespace) -> int:
     cls = loading.pipeline_class(options.model, options.revision)
     if cls is not None:
         _check_call(cls, options, call)
+    if choice.is_wanted:
+        _check_models(options, specs)
 
     start = time.perf_counter()
     pipeline = loading.load(options.model, dtype, variant=options.variant, revision=options.revision)
@@ -101,32 +110,41 @@ def _choice(options: argparse.Namespace) -> flags.Choice:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse what is wrong with the command line whatever the pipeline."""
-    for name in ("height", "width", "frames", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise DitPatchError(f"--{name}: {quote(value)} is less than 1")
-    if not options.fps > 0:
-        raise DitPatchError(f"--fps: {quote(options.fps)} is not above 0")
     out = options.out or Path("dit-patch.mp4")
     pictures.find_writer(out)
     extras.require(f"generate to {out.name}", pictures.NEEDED[out.suffix.lower()], "generate")
-    if out.suffix and out.is_dir():
-        raise DitPatchError(f"--out: {quote(out)} is a folder")
-    with _write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix:
+        check_file("--out", out)
+    else:
+        pictures.check_folder_of_frames("--out", out)
+
+
+def _check_models(options: argparse.Namespace, specs: Mapping[str, Spec]) -> None:
+    """Refuse a pipeline of diffusers' own models none of which is to be patched, before its weights are read."""
+    if any(name.startswith("transformers.") for name in specs):
+        return  # models of these are inside others
+    classes = loading.model_classes(options.model, options.revision)
+    if classes and not any(
+        f"{base.__module__}.{base.__qualname__}" in specs for cls in classes for base in cls.__mro__
+    ):
+        known = ", ".join(sorted({spec.name for spec in specs.values()})) or "none"
+        raise UnsupportedModelError(
+            f"--model: nothing in {quote(options.model)} would be patched: no spec that was asked for is for "
+            f"{', '.join(cls.__name__ for cls in classes)}\n    Asked for: {known}."
+        )
 
 
 def _call_from(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the pipeline's call that the command line gives."""
-    call = {name: getattr(options, flag) for flag, name in NAMES.items() if getattr(options, flag) is not None}
+    call = loading.call_defaults(options.model)
+    call |= {name: getattr(options, flag) for flag, name in NAMES.items() if getattr(options, flag) is not None}
     if options.image is not None:
         call["image"] = _read_picture(options.image)
     for name, value in call_arguments.parse_pairs("--call", options.call).items():
         if name in _SET_ELSEWHERE:
             raise DitPatchError(f"--call: {quote(name)} is for {_SET_ELSEWHERE[name]} to say")
-        if name in call:
-            flag = next(flag for flag, parameter in NAMES.items() if parameter == name).replace("_", "-")
-            raise DitPatchError(f"--call: {quote(name)} is given by --{flag} already")
+        if name in NAMES.values() and getattr(options, _FLAGS[name]) is not None:
+            raise DitPatchError(f"--call: {quote(name)} is given by --{_FLAGS[name].replace('_', '-')} already")
         call[name] = value
     return call
 
@@ -253,14 +271,6 @@ def _write(out: Path, videos: list[torch.Tensor], fps: float) -> list[Path]:
     paths = [out.with_name(f"{out.stem}-{number}{out.suffix}") for number, _ in enumerate(videos)]
     paths = [out] if len(videos) == 1 else paths
     for path, video in zip(paths, videos):
-        with _write_errors(path):
-            write(path, video, fps)
+        with write_errors("--out", path), replacing(path) as draft:
+            write(draft, video, fps)
     return paths
-
-
-@contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DitPatchError(f"--out: {quote(path)} cannot be written: {error.strerror or error}") from error

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def device(word: str | None, flag: str = "--device") -> torch.device:
     return found
 
 
+TRAINED_EXAMPLE = "shapes"
+"""What is said for the small trained pipeline that comes with dit_patch, in the place of a folder or a hub id."""
+
+
+def call_defaults(model: str) -> dict[str, Any]:
+    """Return what a pipeline is called with where nothing else is said: the sizes that the trained example knows."""
+    if model != TRAINED_EXAMPLE:
+        return {}
+    extras.require("a pipeline", _NEEDED, "generate")
+    from . import trained_example
+
+    return dict(trained_example.CALL)
+
+
 def pipeline_class(model: str, revision: str | None = None) -> type | None:
     """Return the class that a pipeline's `model_index.json` names; None if it is not one of diffusers'.
 
@@ -90,14 +105,25 @@ def pipeline_class(model: str, revision: str | None = None) -> type | None:
     Raises:
         DitPatchError: there is no such pipeline, or it cannot be reached.
     """
-    extras.require("loading a pipeline", _NEEDED, "generate")
-    import diffusers
+    return _class_of("diffusers", _index(model, revision).get("_class_name"))
 
-    with _explained(model):
-        index = diffusers.DiffusionPipeline.load_config(_folder_or_id(model), **_without_none(revision=revision))
-    name = index.get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) else None
+
+def model_classes(model: str, revision: str | None = None) -> list[type]:
+    """Return the classes of a pipeline's models by its `model_index.json`; none where one is not of a known library.
+
+    Raises:
+        DitPatchError: there is no such pipeline, or it cannot be reached.
+    """
+    classes: list[type] = []
+    for component in _index(model, revision).values():
+        if not isinstance(component, (list, tuple)) or component[0] is None:
+            continue
+        library, name = component
+        cls = _class_of(library, name) if library in ("diffusers", "transformers") else None
+        if cls is None:
+            return []
+        classes += [cls] if issubclass(cls, torch.nn.Module) else []
+    return classes
 
 
 def load(
@@ -107,7 +133,7 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Load the pipeline to the CPU.
+    """Load the pipeline to the CPU; the trained example is float32 whatever `dtype` is.
 
     Raises:
         DitPatchError: it cannot be loaded; the message says why, and what to do without network.
@@ -116,6 +142,10 @@ def load(
     # diffusers imports ftfy where it is there, and fails at the first prompt where it is not.
     if cls is not None and hasattr(sys.modules[cls.__module__], "is_ftfy_available"):
         extras.require(cls.__name__, {"ftfy": "ftfy"}, "generate")
+    if model == TRAINED_EXAMPLE:
+        from . import trained_example
+
+        return trained_example.pipeline()
     from diffusers import DiffusionPipeline
 
     with _explained(model), warnings.catch_warnings():
@@ -124,6 +154,22 @@ def load(
         return DiffusionPipeline.from_pretrained(
             _folder_or_id(model), torch_dtype=dtype, **_without_none(variant=variant, revision=revision)
         )
+
+
+def _index(model: str, revision: str | None) -> dict[str, Any]:
+    """Return a pipeline's `model_index.json`; empty for the trained example."""
+    extras.require("loading a pipeline", _NEEDED, "generate")
+    if model == TRAINED_EXAMPLE:
+        return {"_class_name": "WanPipeline"}
+    import diffusers
+
+    with _explained(model):
+        return diffusers.DiffusionPipeline.load_config(_folder_or_id(model), **_without_none(revision=revision))
+
+
+def _class_of(library: str, name: Any) -> type | None:
+    found = getattr(import_module(library), name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) else None
 
 
 def _without_none(**options: Any) -> dict[str, Any]:

@@ -5,18 +5,22 @@ This module knows nothing of patches, and of pipelines only what they return. It
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DitPatchError, quote
+from ..outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 FRAMES_PER_SECOND = 8
+_BAR = 16  # pixels
+_FRAME = re.compile(r"\d{4,}\.png")
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,37 @@ def contact_sheet(rows: dict[str, torch.Tensor], columns: int = 5) -> Image.Imag
     return sheet
 
 
+def labelled(label: str, video: torch.Tensor) -> torch.Tensor:
+    """Return the video, 3-channelled, with a white bar on top of each frame that has the label in it."""
+    import numpy
+    import torch
+    from PIL import Image, ImageDraw
+
+    count, _, _, width = video.shape
+    bar = Image.new("RGB", (width, _BAR), "white")
+    ImageDraw.Draw(bar).text((4, 2), label, fill="black")
+    pixels = torch.from_numpy(numpy.array(bar)).permute(2, 0, 1).to(video) / 255
+    return torch.cat([pixels.expand(count, -1, -1, -1), video.expand(-1, 3, -1, -1)], dim=-2)
+
+
 def write_mp4(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECOND) -> None:
-    """Write H.264; the encoder rounds a side of odd length up."""
+    """Write H.264; the encoder rounds a side of odd length up.
+
+    Raises:
+        OSError: the file is not whole. The encoder, a process of its own, does not say so: its file is counted.
+    """
     import imageio
+    from imageio_ffmpeg import count_frames_and_secs
 
     with imageio.get_writer(path, fps=fps, quality=8, macro_block_size=2) as writer:
         for frame in to_bytes(frames):
             writer.append_data(frame)
+    try:
+        written, _ = count_frames_and_secs(path)
+    except (RuntimeError, OSError) as error:
+        raise OSError("the encoder has left no video there; is the disk full?") from error
+    if written != len(frames):
+        raise OSError(f"only {written} of {len(frames)} frames are in it; is the disk full?")
 
 
 def write_gif(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECOND) -> None:
@@ -116,9 +144,22 @@ def write_folder(path: Path, frames: torch.Tensor, fps: float = FRAMES_PER_SECON
     """Write every frame as a .png of its own, numbered from 0."""
     from PIL import Image
 
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir()
     for number, frame in enumerate(to_bytes(frames)):
         Image.fromarray(frame).save(path / f"{number:04}.png")
+
+
+def check_folder_of_frames(flag: str, path: Path) -> None:
+    """Refuse a folder that cannot be written, or that holds anything but frames of an earlier video.
+
+    Raises:
+        DitPatchError: it is to be replaced, and something in it would be lost.
+    """
+    check_file(flag, path.parent / f"{path.name}.png")
+    check_folder(flag, path)
+    others = [each.name for each in path.iterdir() if not _FRAME.fullmatch(each.name)] if path.is_dir() else []
+    if others:
+        raise DitPatchError(f"{flag}: {quote(path)} holds other files, such as {quote(min(others))}; give a new folder")
 
 
 WRITERS: dict[str, Callable[..., None]] = {

@@ -5,7 +5,7 @@
     journal.keep(handle)     # `journal`: told at the end of the process
 
 `rows` has a row for each site.
-`text` words the report on one handle.
+`text` words the report on one handle, and `html` lays it out for a notebook.
 `reported` is the base of every handle: whoever wants its last rows is told when it ends.
 `journal` is what a process has to tell; in it there is one of `kept` for each handle, which outlives the handle.
 `document` is the report on one process as plain data, as text and as a file.

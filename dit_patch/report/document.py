@@ -10,10 +10,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from ..extras import installed_version
+from ..outputs import replacing
 
 REFRESHED = 3.0
 """Seconds between two versions of the file on a process that still runs."""
@@ -64,15 +64,8 @@ def document_text(document: dict[str, Any]) -> str:
 def save(path: str, document: dict[str, Any], as_text: Callable[[dict[str, Any]], str]) -> None:
     """Write `document` to a file, whole or not at all: as JSON if the file's name ends so, else as text."""
     content = json.dumps(document, indent=1) if path.endswith(".json") else as_text(document)
-    draft = f"{path}.{os.getpid()}"
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(content + "\n")
-        os.replace(draft, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(draft)
-        raise
+    with replacing(path) as draft:
+        draft.write_text(content + "\n", encoding="utf-8")
 
 
 def path_of_process(path: str, *, child: bool = False) -> str:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..step_cache.stats import StepStats
+from .html import report_html
 from .rows import Rows, SiteStats
 from .text import report_text
 
@@ -65,6 +66,10 @@ class ReportedHandle:
 
     def __str__(self) -> str:
         return report_text(self.rows(), self.max_bytes, self.options.step_cache)
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        return report_html(self.rows(), self.max_bytes, self.options.step_cache)
 
     def __enter__(self) -> ReportedHandle:
         return self

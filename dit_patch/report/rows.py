@@ -21,7 +21,8 @@ class SiteStats:
     `targets` is the number of attributes that the site stands for. `bypassed` counts the calls that were passed
     through, by reason. `nbytes` is what its results hold now. `seconds_saved` is hits times the shortest host time of
     computing one (on a GPU: of launching it). `findings` is what was noticed, and `notes` the same in words. `fixed`
-    says that an upstream mistake is corrected, which may change results.
+    says that an upstream mistake is corrected, which may change results. `is_replacement` says that the site is no
+    cache: a hit is a call of the replacement, and nothing is said of the time.
     """
 
     model: str
@@ -38,6 +39,7 @@ class SiteStats:
     seconds_saved: float = 0.0
     findings: tuple[Finding, ...] = ()
     fixed: bool = False
+    is_replacement: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -134,6 +136,7 @@ def site_stats(
         seconds_saved=sum(memo.cache.hits * memo.seconds for memo in memos if isfinite(memo.seconds)),
         findings=tuple(findings),
         fixed=fixed,
+        is_replacement=bool(site.use) and not site.key,
     )
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def report_text(rows: Rows, max_bytes: int, step_cache: StepCache | None = None) -> str:
     """Return the report; `max_bytes` is what the caches may hold, `step_cache` what was asked for."""
-    lines = [f"dit_patch: {_promise(rows, step_cache)}, {_mib(rows.nbytes)} cached of {_mib(max_bytes)}"]
-    width = max((len(_short_address(row.at)) for row in rows.sites), default=4)
+    lines = [headline(rows, max_bytes, step_cache)]
+    width = max((len(short_address(row.at)) for row in rows.sites), default=4)
     for model in dict.fromkeys(row.model for row in rows.sites):
         lines += _model_lines([row for row in rows.sites if row.model == model], width)
     if step_cache is not None:
@@ -24,11 +24,24 @@ def report_text(rows: Rows, max_bytes: int, step_cache: StepCache | None = None)
     return "\n".join(lines)
 
 
+def headline(rows: Rows, max_bytes: int, step_cache: StepCache | None) -> str:
+    """Return the first line: whether results are those of the unpatched models, and what is held."""
+    return f"dit_patch: {_promise(rows, step_cache)}, {mib(rows.nbytes)} cached of {mib(max_bytes)}"
+
+
 def _promise(rows: Rows, step_cache: StepCache | None) -> str:
     """Say whether results are those of the unpatched models."""
     fixed = any(row.fixed for row in rows.sites)
     promise = "fixes on (where they apply, results differ from upstream's)" if fixed else "lossless"
-    return promise if step_cache is None else f"step caching on (the output is another); all else {promise}"
+    if step_cache is None:
+        return promise
+    if any(row.cached for row in rows.steps):
+        effect = "which changes the output"
+    elif any(row.steps or row.findings for row in rows.steps):
+        effect = "which skipped nothing in the last generation"
+    else:
+        effect = "which will change the output"
+    return f"step caching on, {effect}; all else {promise}"
 
 
 def _model_lines(sites: Sequence[SiteStats], width: int) -> Iterator[str]:
@@ -38,14 +51,19 @@ def _model_lines(sites: Sequence[SiteStats], width: int) -> Iterator[str]:
     yield f"  {'kind':<8}  {'site':<{width}}  {'hits':>6}  {'misses':>6}  {'bypassed':>8}  {'held':>10}  saved"
     for row in sites:
         yield (
-            f"  {row.kind:<8}  {_short_address(row.at):<{width}}  {row.hits:>6}  {row.misses:>6}  "
-            f"{sum(row.bypassed.values()) or '-':>8}  {_mib(row.nbytes):>10}  {row.seconds_saved * 1e3:.1f} ms"
+            f"  {row.kind:<8}  {short_address(row.at):<{width}}  {row.hits:>6}  {row.misses:>6}  "
+            f"{sum(row.bypassed.values()) or '-':>8}  {mib(row.nbytes):>10}  {saved(row)}"
         )
         for note in row.notes:
             yield f"  {'':<8}    {note}"
 
 
-def _short_address(at: str) -> str:
+def saved(row: SiteStats) -> str:
+    """Return the host's time that a site has saved; a replacement is no cache, and nothing is said of its time."""
+    return "-" if row.is_replacement else f"{row.seconds_saved * 1e3:.1f} ms"
+
+
+def short_address(at: str) -> str:
     """Return the address as a row shows it: of a function inside a method, without the path to it."""
     match Address.parse(at):
         case InnerFunctionAddress(module, function, name):
@@ -53,5 +71,6 @@ def _short_address(at: str) -> str:
     return at
 
 
-def _mib(nbytes: int) -> str:
+def mib(nbytes: int) -> str:
+    """Return bytes in MiB."""
     return f"{nbytes / 2**20:.2f} MiB"

@@ -9,6 +9,7 @@ from ..errors import SpecError
 from .messages import describe_error, is_consequence
 from .model import Spec
 from .origin import Origin
+from .recipe import Mini
 from .trust import untrusted_code
 from .yaml_reader import Document, parse, read_file
 
@@ -40,6 +41,27 @@ def loads(text: str, *, file: str = "<text>", name: str = "", trusted: bool = Fa
     return _build(parse(text, file), name, None, trusted)
 
 
+def load_mini(path: str | Path) -> Mini:
+    """Return the `mini` of a spec in a YAML file, the rest of which need not be right yet.
+
+    Raises:
+        SpecError: there is none, or with file:line:column for everything that is wrong with it.
+    """
+    path = Path(path)
+    document = parse(read_file(path, _file_name(path)), _file_name(path))
+    complaints = list(document.complaints)
+    given = document.data.get("mini") if isinstance(document.data, dict) else None
+    if not isinstance(given, dict) and not complaints:
+        raise SpecError(f"{document.file}: has no `mini`, a mapping with config, sizes and inputs")
+    try:
+        if not complaints:
+            return Mini.model_validate(given)
+    except ValidationError as error:
+        found = ({**each, "loc": ("mini", *each["loc"])} for each in error.errors())
+        complaints += [describe_error(each, document, Spec) for each in found if not is_consequence(each)]
+    raise _error(document, complaints)
+
+
 def _file_name(path: Path) -> str:
     """Return the file's path as messages show it: from the current directory, if it is in there."""
     try:
@@ -62,7 +84,12 @@ def _build(document: Document, name: str, path: Path | None, trusted: bool) -> S
     if not trusted and isinstance(document.data, dict):
         complaints += untrusted_code(document)
     if complaints or spec is None:
-        lines = list(dict.fromkeys(f"{document.label(at)}: {message}" for at, message in sorted(complaints)))
-        more = [f"{document.file}: and {len(lines) - MAX_COMPLAINTS} more"] if len(lines) > MAX_COMPLAINTS else []
-        raise SpecError("\n".join(lines[:MAX_COMPLAINTS] + more))
+        raise _error(document, complaints)
     return spec
+
+
+def _error(document: Document, complaints: list) -> SpecError:
+    """Return everything that is wrong as one error, in the order of the file."""
+    lines = list(dict.fromkeys(f"{document.label(at)}: {message}" for at, message in sorted(complaints)))
+    more = [f"{document.file}: and {len(lines) - MAX_COMPLAINTS} more"] if len(lines) > MAX_COMPLAINTS else []
+    return SpecError("\n".join(lines[:MAX_COMPLAINTS] + more))

@@ -6,6 +6,7 @@ there is no other table. It knows nothing about models beyond the dotted names o
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from ..errors import DitPatchError, SpecError, quote, suggest
+from ..findings import Finding, FindingKind, warn
 from .field_types import Kind
 from .loading import load
 from .model import Spec, extend
@@ -33,11 +35,14 @@ class _Source(NamedTuple):
     label: str
     trusted: bool
     may_be_empty: bool = False
+    #: The installed package that brings them, where it is another than dit_patch.
+    package: str | None = None
 
 
 class _File(NamedTuple):
     path: Path
     trusted: bool
+    package: str | None
 
 
 class Registry:
@@ -45,6 +50,9 @@ class Registry:
 
     `directories` are the user's own; their specs may name code outside dit_patch only with `trust=True`. `bundled` and
     `plugins` say whether the specs that come with dit_patch, and with other installed packages, are among them.
+
+    What is wrong with the specs of another package is warned of, and they are left out: it is no fault of whoever
+    patches a model of a third one. With `strict` it is an error.
     """
 
     def __init__(
@@ -54,10 +62,11 @@ class Registry:
         trust: bool = False,
         bundled: bool = True,
         plugins: bool = True,
+        strict: bool = False,
     ) -> None:
         own = (directories,) if isinstance(directories, (str, os.PathLike)) else directories
         self._directories = tuple(Path(directory) for directory in own)
-        self._trust, self._bundled, self._plugins = trust, bundled, plugins
+        self._trust, self._bundled, self._plugins, self._strict = trust, bundled, plugins, strict
         self._loaded: dict[str, Spec] = {}
 
     def __repr__(self) -> str:
@@ -129,8 +138,10 @@ class Registry:
                     seen.add(real)
                 name = path.relative_to(source.root).with_suffix("").as_posix()
                 if name in files:
-                    raise SpecError(f"two specs are called {quote(name)}: {files[name].path} and {path}; rename one")
-                files[name] = _File(path, source.trusted)
+                    message = f"two specs are called {quote(name)}: {files[name].path} and {path}; rename one"
+                    self._refuse(source.package, message)
+                else:
+                    files[name] = _File(path, source.trusted, source.package)
         return files
 
     def _sources(self) -> Iterator[_Source]:
@@ -138,38 +149,64 @@ class Registry:
             yield _Source(BUNDLED, f"the specs that come with dit_patch, {quote(BUNDLED)}", True, may_be_empty=True)
         if self._plugins:
             for entry in metadata.entry_points(group=GROUP):
-                yield _plugin(entry)
+                try:
+                    source = _plugin(entry)
+                    _yaml_files(source)
+                except SpecError as error:
+                    self._refuse(_package(entry), str(error))
+                else:
+                    yield source
         for directory in self._directories:
             yield _Source(directory, f"the directory {quote(directory)}", self._trust)
 
+    def _refuse(self, package: str | None, message: str) -> None:
+        """Raise the message; where another package is at fault, only warn, unless `strict` was asked for."""
+        if package is None or self._strict:
+            raise SpecError(message)
+        warn(Finding(FindingKind.PLUGIN_FAULT, package, message), stacklevel=2)
+
     @cached_property
     def _all(self) -> list[Spec]:
-        specs, complaints = [], {}
+        specs: list[Spec] = []
+        complaints: dict[str, None] = {}
+        faults: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.names():
             try:
                 specs.append(self._load(name, ()))
             except SpecError as error:
-                complaints[str(error)] = None
+                package = self._files[name].package
+                if package is None:
+                    complaints[str(error)] = None
+                else:
+                    faults[package].append(str(error))
         if complaints:
             raise SpecError("\n".join(complaints))
+        for package, messages in faults.items():
+            self._refuse(package, "\n".join(dict.fromkeys(messages)))
         return specs
 
     @cached_property
     def _classes(self) -> dict[str, Spec]:
         classes: dict[str, Spec] = {}
-        for spec in self._all:
+        # Of two specs for a class, that of another package gives way.
+        for spec in sorted(self._all, key=lambda each: self._package_of(each) is not None):
             for name in spec.classes:
                 if name in classes:
                     first, second = (_position(each) for each in (classes[name], spec))
-                    raise SpecError(f"{second}: {quote(name)} already has a spec, {first}; a class has one")
-                classes[name] = spec
+                    message = f"{second}: {quote(name)} already has a spec, {first}; a class has one"
+                    self._refuse(self._package_of(spec), message)
+                else:
+                    classes[name] = spec
         return classes
+
+    def _package_of(self, spec: Spec) -> str | None:
+        return self._files[spec.name].package
 
     def _load(self, name: str, extending: tuple[str, ...]) -> Spec:
         """Return a spec, read once; `extending` are the specs that this one is a base of, outermost first."""
         if name in self._loaded:
             return self._loaded[name]
-        path, trusted = self._files[name]
+        path, trusted, _ = self._files[name]
         spec = _load_once(path, name, trusted)
         if spec.extends is not None:
             spec = _extend_once(path, self._base(spec, (*extending, name)), spec)
@@ -234,6 +271,11 @@ def _position(spec: Spec) -> str:
     return spec.position("model" if spec.model else "models")
 
 
+def _package(entry: metadata.EntryPoint) -> str:
+    """Return what to call the package that an entry point is of."""
+    return entry.dist.name if entry.dist else entry.name
+
+
 def _plugin(entry: metadata.EntryPoint) -> _Source:
     """Return the directory that an entry point names, `package.folder` or `package:folder`, importing nothing of it."""
     package, *folders = entry.value.replace(":", ".").replace("/", ".").split(".")
@@ -243,5 +285,5 @@ def _plugin(entry: metadata.EntryPoint) -> _Source:
     for location in (found and found.submodule_search_locations) or ():
         root = Path(location, *folders)
         if root.is_dir():
-            return _Source(root, words, True)
+            return _Source(root, words, True, package=_package(entry))
     raise SpecError(f"{words} is not a package or a directory inside one (group {GROUP!r})")

@@ -11,9 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import StepCacheError, quote, suggest
+from ..outputs import replacing
 from ..spec.messages import one_of
 from .calibration import Calibration
 
@@ -108,8 +113,8 @@ class StepCache:
             raise _wrong("mask_policy", "static", "needs a mask that says which steps to skip")
 
     @classmethod
-    def of(cls, asked: StepCache | str | Mapping[str, Any] | None) -> StepCache | None:
-        """What the user asked for: a preset's name, a mapping of knobs (with `preset` to start from), or a StepCache.
+    def of(cls, asked: StepCache | str | PathLike | Mapping[str, Any] | None) -> StepCache | None:
+        """What the user asked for: a preset's name, a YAML file, a mapping of knobs (with `preset`), or a StepCache.
 
         Raises:
             StepCacheError: a preset, a knob or a value that does not exist.
@@ -118,12 +123,14 @@ class StepCache:
             return None
         if isinstance(asked, cls):
             return asked
+        if isinstance(asked, PathLike) or isinstance(asked, str) and Path(asked).suffix in _YAML:
+            return cls.load(asked)
         if isinstance(asked, str):
             return _preset(asked)
         if not isinstance(asked, Mapping):
             raise StepCacheError(
-                f"step_cache: expected a preset ({', '.join(PRESETS)}), a mapping of knobs or a StepCache, "
-                f"not {quote(repr(asked))}"
+                f"step_cache: expected a preset ({', '.join(PRESETS)}), a YAML file, a mapping of knobs or a "
+                f"StepCache, not {quote(repr(asked))}"
             )
         knobs = dict(asked)
         base = _preset(knobs.pop("preset")) if "preset" in knobs else cls()
@@ -198,22 +205,60 @@ class StepCache:
         }[self.calibrator]
         return int(passes * (nbytes + kept * (nbytes + encoder)))
 
+    def save(self, path: str | PathLike) -> None:
+        """Write the knobs to a YAML file, which `load` reads, and so does `--step-cache FILE`.
+
+        Raises:
+            StepCacheError: the file cannot be written, or its name does not end in .yaml or .yml.
+        """
+        if Path(path).suffix not in _YAML:
+            raise StepCacheError(f"step_cache: {quote(path)}: expected a name that ends in .yaml")
+        found = "".join(f"# {line}\n" for line in str(self.calibration or "").splitlines())
+        about = f"# A step cache of dit_patch; it changes the output.\n{found}"
+        try:
+            with replacing(path) as draft:
+                draft.write_text(about + yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise StepCacheError(f"step_cache: {quote(path)} cannot be written: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> StepCache:
+        """Read a file that `save` has written, or that somebody has: a mapping of knobs, with `preset` to start from.
+
+        Raises:
+            StepCacheError: there is no such file, it is no YAML, or it names a knob or a value that does not exist.
+        """
+        try:
+            knobs = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StepCacheError(f"step_cache: {quote(path)} cannot be read: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeError) as error:
+            raise StepCacheError(f"step_cache: {quote(path)} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(knobs, dict):
+            raise StepCacheError(f"step_cache: {quote(path)}: expected a mapping of knobs, such as `threshold: 0.1`")
+        try:
+            return cls.of(knobs)
+        except StepCacheError as error:
+            raise StepCacheError(f"{quote(path)}: {error}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the knobs that are not as they are by default, as YAML and JSON can hold them."""
+        knobs = {name: getattr(self, name) for name in KNOBS}
+        changed = {name: value for name, value in knobs.items() if value != _DEFAULTS[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
     def __str__(self) -> str:
-        """The tag by which such settings are known: F8B0 W8 R0.08 taylorseer(1)."""
-        words = [f"F{'auto' if self.fn is None else self.fn}B{self.bn}", f"W{self.warmup}", f"R{self.threshold:g}"]
-        if self.max_cached is not None:
-            words.append(f"M{self.max_cached}")
-        if self.max_continuous is not None:
-            words.append(f"MC{self.max_continuous}")
-        if self.calibrator:
-            words.append({"taylorseer": f"taylorseer({self.order or 1})"}.get(self.calibrator, self.calibrator))
-        if self.mask is not None:
-            mask = self.mask if isinstance(self.mask, str) else "".join(map(str, self.mask))
-            words.append(f"mask {mask} {self.mask_policy}")
-        return " ".join(words)
+        """The preset's name, or what is not as it is by default: threshold=0.15 calibrator=taylorseer."""
+        for name, preset in PRESETS.items():
+            if preset == self:
+                return name
+        knobs = {**self.as_dict(), **({"mask": "".join(map(str, self.mask))} if isinstance(self.mask, tuple) else {})}
+        return " ".join(f"{name}={value}" for name, value in knobs.items()) or "defaults"
 
 
 KNOBS = tuple(each.name for each in dataclasses.fields(StepCache) if each.name != "calibration")
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(StepCache)}
+_YAML = (".yaml", ".yml")
 _WHOLE = {"fn": 1, "bn": 0, "warmup": 0, "warmup_interval": 1, "max_cached": 0, "max_continuous": 0, "order": 1,
           "history": 2, "min_steps": 0}  # fmt: skip
 _OPEN = {"fn", "max_cached", "max_continuous", "max_accumulated", "calibrator", "order", "history", "min_steps"}
@@ -223,7 +268,8 @@ def _preset(name: Any) -> StepCache:
     if name in PRESETS:
         return PRESETS[name]
     raise StepCacheError(
-        f"step_cache: no preset {quote(name)}{suggest(str(name), PRESETS)}\n    Presets: {', '.join(PRESETS)}."
+        f"step_cache: no preset {quote(name)}{suggest(str(name), PRESETS)}\n"
+        f"    Presets: {', '.join(PRESETS)}; or the name of a .yaml file."
     )
 
 

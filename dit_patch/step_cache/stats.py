@@ -105,7 +105,7 @@ def _above(difference: float) -> str:
 
 def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
     """The report's lines on it."""
-    lines = [f"step cache  {config}  (cache-dit's DBCache; the output differs from the uncached one)"]
+    lines = [f"step cache  {config}  (cache-dit's DBCache, which changes the output where it skips blocks)"]
     for row in rows:
         if not row.label:
             lines.append(f"  {row.model}  {row.blocks}  nothing has run yet")
@@ -115,12 +115,17 @@ def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
         spread = f"  differences {diffs[0]:.3g} to {diffs[-1]:.3g}, median {median(diffs):.3g}" if diffs else ""
         steps = f": {ranges(row.cached)}" if row.cached else ""
         lines.append(
-            f"  {row.model}  {row.label}  {row.blocks} F{row.fn}B{row.bn} of {row.count}  "
+            f"  {row.model}  {row.label}  {row.blocks}: {row.count}, of which {_computed(row)} always run  "
             f"{len(row.cached)} of {row.steps} steps cached{steps}  ({row.skipped:.0%} of its blocks' calls)"
             f"{spread}  held {row.nbytes / 2**20:.2f} MiB"
         )
         lines += [f"    {note}" for note in row.notes]
     return lines
+
+
+def _computed(row: StepStats) -> str:
+    """Return in words which blocks a cached step still computes."""
+    return f"the first {row.fn}" + (f" and the last {row.bn}" if row.bn else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -49,10 +49,7 @@ def run_benchmark(
     """
     chosen = _chosen(only)
     place = _device(device, tiny=tiny)
-    if not minutes > 0:
-        raise DitPatchError(f"--minutes: {minutes:g} is no time to measure in; the default is {MINUTES:g}")
     results = Results(out, {**environment(str(place)), "minutes": f"{minutes:g}"})
-    results.write()
     print("  ".join(f"{name} {value}" for name, value in results.surroundings.items()))
     print("Tiny models: the figures are of toys, and say nothing of real sizes." if tiny else "Real sizes.")
     end = time.monotonic() + 60 * minutes

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...errors import DitPatchError, quote
-from ...report.document import save
+from ...outputs import check_file, replacing, write_errors
 
 FAILED, SKIPPED = "failed", "skipped"
 DIFFERS = "NOT the bits of the plain model"
@@ -59,6 +58,7 @@ class Results:
     """
 
     def __init__(self, out: Path | None, surroundings: Mapping[str, str]) -> None:
+        check_file("--out", out)
         self.out, self.surroundings = out, dict(surroundings)
         self.rows: list[Row] = []
 
@@ -69,13 +69,9 @@ class Results:
         """Write everything as JSON; the file is always whole."""
         if self.out is None:
             return
-        if self.out.is_dir():
-            raise DitPatchError(f"--out: {quote(str(self.out))} cannot be written: it is a folder")
         content = {"environment": self.surroundings, "rows": [asdict(row) for row in self.rows]}
-        try:
-            save(str(self.out), content, lambda each: json.dumps(each, indent=1))
-        except OSError as error:
-            raise DitPatchError(f"--out: {quote(str(self.out))} cannot be written: {error.strerror}") from error
+        with write_errors("--out", self.out), replacing(self.out) as draft:
+            draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def append_row(path: Path, row: Row) -> None:

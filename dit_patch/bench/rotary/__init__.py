@@ -12,14 +12,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ...errors import DitPatchError, quote
+from ...outputs import check_file, write_errors
 from ...upstream.verbosity import quiet_upstream
-from ..rows import write_csv
+from ..rows import CsvFile
 from ..surroundings import environment, version
 from . import checks as gpu_checks
 from . import forwards
@@ -48,14 +47,21 @@ def run_benchmark(
     Raises:
         DitPatchError: a file cannot be written; before anything is measured.
     """
-    for flag, path in (("--csv", csv), ("--json", json)):
-        _check_writable(flag, path)
-    with _threads(plan.threads), torch.no_grad():
-        surroundings = _environment(plan.device)
-        print("  ".join(f"{name} {value}" for name, value in surroundings.items()))
-        rows = list(_measure(plan, contestants))
+    check_file("--json", json)
+    surroundings, rows = _environment(plan.device), []
+    file = CsvFile(csv, Row, surroundings)
+    try:
+        with _threads(plan.threads), torch.no_grad():
+            print("  ".join(f"{name} {value}" for name, value in surroundings.items()))
+            for row in _measure(plan, contestants):
+                file.add(row)
+                rows.append(row)
+    finally:  # what is measured is kept, whatever comes after it
+        if json is not None and rows:
+            with write_errors("--json", json):
+                write_json(json, rows, surroundings)
     print("\nWhat is asked of dit_patch", *verdict_lines(rows, plan.device), sep="\n")
-    _write(rows, surroundings, csv, json)
+    print(*(f"\n{path}" for path in (csv, json) if path is not None), sep="")
     return int(any(row.differing or row.note.startswith(FAILED) for row in rows if row.contestant in _OWN))
 
 
@@ -77,26 +83,9 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write(rows: Sequence[Row], surroundings: Mapping[str, str], csv: Path | None, json: Path | None) -> None:
-    for write, path in ((partial(write_csv, kind=Row), csv), (write_json, json)):
-        if path is not None:
-            write(path, rows=rows, surroundings=surroundings)
-            print(f"\n{path}")
-
-
 def _environment(device: torch.device) -> dict[str, str]:
     versions = {name: version(name) or "not installed" for name in _PACKAGES}
     return {**environment(str(device)), "cuda": torch.version.cuda or "none", **versions}
-
-
-def _check_writable(flag: str, path: Path | None) -> None:
-    """Refuse a file that cannot be written, rather than lose what it is for."""
-    if path is None:
-        return
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise DitPatchError(f"{flag}: {quote(path)} cannot be written: {error.strerror or error}") from error
 
 
 def _operations(plan: Plan, contestants: Mapping[str, Maker]) -> Iterator[Row]:

@@ -70,7 +70,6 @@ class Plan:
         place = _device(device)
         if checks and place.type != "cuda":
             raise DitPatchError(f"--checks: they need a CUDA device, not {quote(place)}")
-        _at_least_one(threads=threads, layers=layers)
         everything = everything or place.type == "cuda"
         chosen, specs = _choose(names, cases, Registry(), everything)
         return cls(
@@ -121,9 +120,3 @@ def _device(word: str | None) -> torch.device:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
-
-
-def _at_least_one(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise DitPatchError(f"--{name}: {number} is less than 1")

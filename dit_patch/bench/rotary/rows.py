@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...outputs import replacing
+
 _COLUMNS = "  {:<22}  {:>11}  {:>11}  {:>11}  {:>8}  {:>11}  {:>8}  {:>8}  {:>9}"
 HEAD = _COLUMNS.format("", "us", "20 %", "80 %", "speedup", "exact", "GB/s", "of clone", "peak MB")
 
@@ -69,7 +71,8 @@ class Row:
 def write_json(path: Path, rows: Sequence[Row], surroundings: Mapping[str, str]) -> None:
     """Write the environment and every row."""
     content = {"environment": dict(surroundings), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _shown(value: float | None, form: str, unit: str = "") -> str:

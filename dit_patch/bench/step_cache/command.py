@@ -8,6 +8,7 @@ from typing import Any
 
 from ... import extras
 from ...errors import StepCacheError, quote, suggest
+from ...outputs import check_folder, write_errors
 from ...pipelines import call_arguments, loading
 from ...step_cache.config import KNOBS, PRESETS, StepCache
 from ...upstream.verbosity import quiet_upstream
@@ -30,9 +31,8 @@ def run(options: argparse.Namespace) -> int:
     requirements.cache_dit()
     knobs = _knobs(options.set)
     configs = _configs(options, knobs)
-    for name in ("steps", "repeats"):
-        if getattr(options, name) < 1:
-            raise StepCacheError(f"--{name}: {getattr(options, name)} is less than 1")
+    more = call_arguments.parse_pairs("--call", options.call, error=StepCacheError)
+    check_folder("--out", options.out)
     with quiet_upstream():
         pipeline, prompts, call = _pipeline(options)
         pipeline.set_progress_bar_config(disable=True)
@@ -40,18 +40,19 @@ def run(options: argparse.Namespace) -> int:
             pipeline,
             prompts,
             configs,
-            {**call, **call_arguments.parse_pairs("--call", options.call, error=StepCacheError)},
+            {**call, **more},
             steps=options.steps,
             seed=options.seed,
             repeats=options.repeats,
             direct=options.beside_cache_dit,
             say=print,
         )
-    options.out.mkdir(parents=True, exist_ok=True)
-    title = f"Step caching on {options.model}, {options.steps} steps"
-    document.write(options.out / "report.html", result, title)
-    tables = harness.write_csv(options.out, result)
     print("\n" + document.plain(result) + "\n")
+    title = f"Step caching on {options.model}, {options.steps} steps"
+    with write_errors("--out", options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        document.write(options.out / "report.html", result, title)
+        tables = harness.write_csv(options.out, result)
     print(options.out / "report.html", *tables, sep="\n")
     return 1 if result.failures else 0
 
@@ -84,15 +85,11 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, An
         except OSError as error:
             raise StepCacheError(f"--prompts: {options.prompts}: {error.strerror}") from error
         prompts += [line.strip() for line in lines if line.strip()]
-    if options.model == "shapes":
+    if not prompts and options.model == loading.TRAINED_EXAMPLE:
         from ...pipelines import trained_example
 
-        return (
-            trained_example.pipeline().to(device),
-            prompts or list(trained_example.PROMPTS[::10]),
-            dict(trained_example.CALL),
-        )
+        prompts = list(trained_example.PROMPTS[::10])
     if not prompts:
         raise StepCacheError("no prompts: give --prompt or --prompts")
     pipeline = loading.load(options.model, loading.dtype(options.dtype))
-    return pipeline.to(device), prompts, {}
+    return pipeline.to(device), prompts, loading.call_defaults(options.model)

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import torch
 
+from ...outputs import replacing
 from ...step_cache.stats import ranges
 from .harness import AGAIN, BASELINE, Result, Run, Summary
 
@@ -65,7 +66,8 @@ def write(path: Path, result: Result, title: str) -> None:
         prompt_head=_PROMPT_COLUMNS,
         prompt_rows=[_prompt_row(run) for run in result.runs],
     )
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as draft:
+        draft.write_text(page, encoding="utf-8")
 
 
 def _row(summary: Summary) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 
 from ...errors import StepCacheError
 from ...handle import apply
+from ...outputs import replacing
 from ...pipelines import sampling
 from ...pipelines.quality import Likeness, likeness, lpips_is_at_hand
 from ...spec.model import Spec
@@ -168,7 +169,7 @@ def write_csv(folder: Path, result: Result) -> list[Path]:
     """`runs.csv`, a row per variant and prompt with the environment, and `frames.csv`, a row per frame; their paths."""
     head = "variant prompt seed calls seconds spread dit_seconds skipped cached ssim worst_frame_ssim psnr lpips equal"
     runs, frames = folder / "runs.csv", folder / "frames.csv"
-    with runs.open("w", newline="") as file:
+    with replacing(runs) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*head.split(), *result.about])
         for run in result.runs:
@@ -180,7 +181,7 @@ def write_csv(folder: Path, result: Result) -> list[Path]:
                 + [statistics.median(run.dit_seconds), run.skipped, cached]
                 + [like.mean_ssim, min(like.ssim), like.mean_psnr, lpips, like.equal, *result.about.values()]
             )
-    with frames.open("w", newline="") as file:
+    with replacing(frames) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "prompt", "seed", "frame", "ssim", "psnr"])
         for run in result.runs:

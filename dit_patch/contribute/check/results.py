@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
 
 from ...spec.model import Site, Spec
 
@@ -67,6 +69,10 @@ class Problem:
     def __str__(self) -> str:
         return self.kind.value.format(**vars(self))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the problem as JSON can hold it, with its words."""
+        return {**vars(self), "kind": self.kind.name.lower(), "message": str(self)}
+
 
 @dataclass
 class SiteRecord:
@@ -83,6 +89,18 @@ class SiteRecord:
     unreached: dict[str, None] = field(default_factory=dict)
     bypassed: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as JSON can hold it."""
+        return {
+            "at": self.site.at,
+            "kind": self.site.kind,
+            "calls": self.calls,
+            "hits": self.hits,
+            "equal": self.equal,
+            "seconds": self.seconds if isfinite(self.seconds) else None,
+            "notes": [*self.notes, *self.bypassed],
+        }
 
 
 @dataclass
@@ -118,6 +136,16 @@ class Result:
     def has_problem(self, record: SiteRecord) -> bool:
         """Return whether the site is known to be wrong."""
         return not record.equal or self.label(record) in self.faulty_sites
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it."""
+        return {
+            "spec": self.spec.name,
+            "path": str(self.spec.path),
+            "trials": list(self.trials),
+            "sites": [record.as_dict() for record in self.sites.values()],
+            "problems": [problem.as_dict() for problem in self.problems],
+        }
 
     @property
     def too_coarse_sites(self) -> set[str]:

@@ -12,12 +12,14 @@ import torch
 from pydantic import ValidationError
 
 from ...errors import DitPatchError, quote, suggest
+from ...hosts import HOSTS
 from ...spec import mini
 from ...spec.model import Spec
 from ...spec.recipe import Mini
 from .. import verify
 from ..check import probe
 from . import guess, observe
+from .prune import prune
 from .rotary import propose_rotary_sites
 from .write import Draft
 
@@ -44,12 +46,20 @@ def draft(name: str, given: Mini | None = None) -> Draft:
             recipe, unknown = _guess_mini(cls)
         except Exception as error:  # of the class's own
             return Draft(name, _empty_mini(cls), problem=_error_text(error))
-    made = Draft(name, recipe, unknown=unknown, own_mini=given is not None)
-    if unknown:
-        made.problem = f"nothing could be guessed for the forward's {', '.join(unknown)}"
+    made = _try(Draft(name, recipe, unknown=unknown, own_mini=given is not None))
+    others = guess.other_latents(recipe) if made.problem and not made.own_mini and not unknown else ()
+    return next((tried for each in others if not (tried := _try(Draft(name, each))).problem), made)
+
+
+def _try(made: Draft) -> Draft:
+    """Run the draft's mini, and complete the draft with what was seen, or with why it did not run."""
+    if made.unknown:
+        made.problem = f"nothing could be guessed for the forward's {', '.join(made.unknown)}"
         return made
     try:
-        _observe(made, name, Mini.model_validate(recipe))
+        _observe(made, made.name, Mini.model_validate(made.mini))
+        if made.sites:
+            prune(made)
     except (ValidationError, DitPatchError) as error:
         made.problem = str(error)
     except Exception as error:  # of the model's own
@@ -102,7 +112,10 @@ def _observe(made: Draft, name: str, own: Mini) -> None:
 
 
 def _empty_mini(cls: type[torch.nn.Module]) -> dict[str, Any]:
-    return {"config": guess.config(cls), "sizes": [{"f": 1}], "inputs": {"hidden_states": {"shape": [1, "f"]}}}
+    inputs = {"hidden_states": {"shape": [1, "f"], "new": "step"}}
+    host = HOSTS.get(cls.__module__.partition(".")[0])
+    recipe = {"config": guess.config(cls), "sizes": [{"f": 1}], "inputs": inputs}
+    return recipe if host is None else {"host": host, **recipe}
 
 
 def _error_text(error: Exception) -> str:

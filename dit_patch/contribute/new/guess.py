@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,8 @@ def inputs(model: torch.nn.Module, settings: Mapping[str, Any]) -> tuple[dict[st
     recipes = {
         "timestep": {"shape": [1], "fill": "timestep", "new": "step"},
         "encoder_hidden_states": {"shape": [1, TEXT_TOKENS, _size(text, settings, own)], "new": "pass"},
-        "encoder_attention_mask": {"shape": [1, TEXT_TOKENS], "fill": "mask", "new": "pass"},
-        "encoder_hidden_states_mask": {"shape": [1, TEXT_TOKENS], "fill": "mask", "new": "pass"},
+        "encoder_attention_mask": _mask(),
+        "encoder_hidden_states_mask": _mask(),
         "pooled_projections": {"shape": [1, _size("pooled_projection_dim", settings, own)], "new": "pass"},
         "encoder_hidden_states_image": {"shape": [1, 257, _size("image_dim", settings, own)]},
         "guidance": {"shape": [1], "fill": 3.5},
@@ -83,11 +83,26 @@ def inputs(model: torch.nn.Module, settings: Mapping[str, Any]) -> tuple[dict[st
     return chosen, unknown
 
 
+def _mask() -> dict[str, Any]:
+    return {"shape": [1, TEXT_TOKENS], "fill": "mask", "dtype": "int64", "new": "pass"}
+
+
 def sizes(recipes: Mapping[str, Mapping[str, Any]], patch: int) -> list[dict[str, int]]:
     """Return three sizes for the names in the recipes' shapes; a token is made of `patch` latents."""
     used = {name for recipe in recipes.values() for name in recipe.get("shape", ()) if isinstance(name, str)}
     every = [{**size, "tokens": max(1, size["f"] * size["h"] * size["w"] // patch)} for size in SIZES]
     return [{name: value for name, value in size.items() if name in used} for size in every]
+
+
+def other_latents(recipe: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the recipe with latents of other axes, for a model that does not take the guessed ones."""
+    name, latents = next(iter(recipe["inputs"].items()))
+    channels = latents["shape"][-1 if latents["shape"][1:2] == ["tokens"] else 1]
+    for axes in (["h", "w"], ["f", "h", "w"]):
+        shape = [1, channels, *axes]
+        if shape != latents["shape"]:
+            inputs = {**recipe["inputs"], name: {**latents, "shape": shape}}
+            yield {**recipe, "sizes": sizes(inputs, 4), "inputs": inputs}
 
 
 def _latents(model: torch.nn.Module, settings: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:

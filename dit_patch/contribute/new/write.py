@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -24,6 +24,8 @@ class Draft:
         problem: why the mini could not be built or called, or None.
         forwards: the number of forwards that were run.
         own_mini: the mini was given, not guessed.
+        refused: addresses of sites that `dit-patch check` found fault with, each with what it said.
+        faults: what else it finds.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Draft:
     problem: str | None = None
     forwards: int = 0
     own_mini: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
+    faults: Sequence[str] = ()
 
 
 def spec_text(draft: Draft) -> str:
@@ -82,16 +86,18 @@ def _sites(draft: Draft) -> list[str]:
         return [
             "# The mini could not be built or called, so nothing could be seen of what repeats:",
             *(f"#   {line}" for line in draft.problem.splitlines()[:4]),
-            "# Mend `mini` below, then: dit-patch new " + draft.name + " --mini THIS_FILE",
+            "# Mend `mini` below, then: dit-patch new " + draft.name + " --mini THIS_FILE --out OTHER_FILE",
             "sites: []",
         ]
+    refused = [f"# Not {at}: {' '.join(reason.split())}"[:240] for at, reason in draft.refused.items()]
     if not draft.sites:
-        return ["# No submodule outside the blocks gave the same result twice.", "sites: []"]
+        return ["# No submodule outside the blocks gave the same result twice.", *refused, "sites: []"]
     lines = [
         f"# In {draft.forwards} forwards (steps, passes, sizes, prompts) the results of these calls repeat. A key may",
         "# be finer than needed, never coarser, so read each one's source: what of a tensor does not count (its dtype,",
         "# its device) may go, and what counts besides must come. Remove what does not pay, and what a pipeline makes",
         "# anew at each step. A span, `a..b`, is for code between two calls.",
+        *refused,
         "sites:",
     ]
     for each in draft.sites:

@@ -24,16 +24,33 @@ def _start():
 
 
 def _watch():
-    folder = os.environ["DIT_PATCH_RUN"]
-    with open(os.path.join(folder, "classes")) as file:
-        classes = file.read().split()
-    name = "python-%d-%d" % (os.getpid(), len(os.listdir(folder)))
-    os.close(os.open(os.path.join(folder, name), os.O_CREAT))
+    folder, classes = os.environ.get("DIT_PATCH_RUN", ""), os.environ.get("DIT_PATCH_CLASSES", "").split()
+    if classes:  # of `run --print-env`: the folder may be one of another machine
+        folder = _usable(folder)
+    else:
+        with open(os.path.join(folder, "classes")) as file:
+            classes = file.read().split()
+        _count_in(folder)
     packages = {each.partition(".")[0] for each in classes}
     if packages.isdisjoint(sys.modules):
         sys.meta_path.insert(0, _Watch(folder, classes, packages))
     else:
         _watch_imports(folder, classes)
+
+
+def _usable(folder):
+    if folder:
+        try:
+            _count_in(folder)
+        except OSError as error:
+            sys.stderr.write("dit_patch: no report can be written in %s, so it comes here: %s\n" % (folder, error))
+            return ""
+    return folder
+
+
+def _count_in(folder):
+    name = "python-%d-%d" % (os.getpid(), len(os.listdir(folder)))
+    os.close(os.open(os.path.join(folder, name), os.O_CREAT))
 
 
 class _Watch:
@@ -61,8 +78,10 @@ def _watch_imports(folder, classes):
 
 
 def _report_missing(folder, why):
-    path = os.path.join(folder, "unreachable-%s" % sys.executable.replace(os.sep, "_"))
     message = "dit_patch cannot be imported by %s, so nothing is patched there: %s" % (sys.executable, why)
+    path = os.path.join(folder, "unreachable-%s" % sys.executable.replace(os.sep, "_")) if folder else os.devnull
+    if not folder:
+        sys.stderr.write("dit_patch: %s\n    Install dit_patch there.\n" % message)
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except OSError:  # another process has reported it

@@ -26,6 +26,7 @@ BATCH = 16
 SHIFT = 3.0  # of the noise levels, as in sampling
 NO_PROMPT = 0.1  # the share that is trained without a prompt, for classifier-free guidance
 KEEP = 0.995  # of the averaged weights, at each step
+NOISY, NOISIEST = 0.4, 0.12  # the share that is trained at noise levels from 1 - NOISIEST to 1 alone
 SUPER = 3  # samples per pixel and axis, for smooth edges
 
 
@@ -95,6 +96,9 @@ def train(pipeline: WanPipeline, steps: int, seed: int, rate: float = 1.5e-3) ->
         noise = torch.randn(clean.shape, generator=generator)
         level = torch.sigmoid(torch.randn(BATCH, generator=generator) * 1.2)
         level = SHIFT * level / (1 + (SHIFT - 1) * level)
+        # Which way the shape moves is decided where there is hardly anything but noise.
+        noisy = 1 - NOISIEST * torch.rand(BATCH, generator=generator)
+        level = torch.where(torch.rand(BATCH, generator=generator) < NOISY, noisy, level)
         s = level.view(-1, 1, 1, 1, 1)
         without = torch.rand(BATCH, generator=generator) < NO_PROMPT
         text = torch.where(without.view(-1, 1, 1), nothing, embeds[chosen])
