@@ -28,6 +28,10 @@ class StepCacheError(DitPatchError):
     """Raised when step caching was asked for and cannot be given, or not without changing more than it should."""
 
 
+LONG = 1000
+"""A limit for `quote` that leaves paths whole: their ends say most."""
+
+
 def quote(text: object, limit: int = 80) -> str:
     """The user's own words between backticks: on one line, printable, and not longer than a message can bear."""
     words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import DitPatchError, quote
+from .errors import LONG, DitPatchError, quote
 
 
 def check_file(flag: str, path: str | os.PathLike | None) -> None:
@@ -26,7 +26,7 @@ def check_file(flag: str, path: str | os.PathLike | None) -> None:
         return
     path = Path(path)
     if path.is_dir():
-        raise DitPatchError(f"{flag}: {quote(path)} is a folder; give the name of a file")
+        raise DitPatchError(f"{flag}: {quote(path, LONG)} is a folder; give the name of a file")
     if not _is_special(path):
         _check_folder_takes_files(flag, path, path.parent)
 
@@ -39,7 +39,7 @@ def check_folder(flag: str, path: str | os.PathLike) -> None:
     """
     path = folder = Path(path)
     if path.exists() and not path.is_dir():
-        raise DitPatchError(f"{flag}: {quote(path)} is a file; give a folder")
+        raise DitPatchError(f"{flag}: {quote(path, LONG)} is a file; give a folder")
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     _check_folder_takes_files(flag, path, folder)
@@ -86,7 +86,7 @@ def _check_folder_takes_files(flag: str, path: Path, folder: Path) -> None:
 
 
 def _cannot(flag: str, path: str | os.PathLike, error: OSError) -> DitPatchError:
-    return DitPatchError(f"{flag}: {quote(path)} cannot be written: {error.strerror or error}")
+    return DitPatchError(f"{flag}: {quote(path, LONG)} cannot be written: {error.strerror or error}")
 
 
 def _is_special(path: Path) -> bool:

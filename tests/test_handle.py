@@ -252,11 +252,20 @@ def test_applying_again_returns_the_same_handle_and_patches_nothing_twice(apply,
     assert not isinstance(model.table.forward.__wrapped__, layers.Wrapped)
 
 
-@pytest.mark.parametrize("other", [{"only": "rope"}, {"max_bytes": 5000}, {"check": "always"}, {"fixes": True}])
-def test_applying_with_other_options_is_an_error(apply, model, other):
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"only": "rope"}, "only: not given then, `rope` now"),
+        ({"max_bytes": 5000}, "max_bytes: `268435456` then, `5000` now"),
+        ({"check": "always", "fixes": True}, "check: `first` then, `always` now; fixes: `False` then, `True` now"),
+    ],
+)
+def test_applying_with_other_options_is_an_error_that_says_which(apply, model, other, difference):
     handle = apply(model)
-    with pytest.raises(DitPatchError, match=r"(?s)already patched with other options: .*Call handle.remove\(\) first"):
+    with pytest.raises(DitPatchError) as caught:
         apply(model, **other)
+    first, second = str(caught.value).splitlines()
+    assert first == f"already patched with other options: {difference}" and "dit_patch.remove(...)" in second
     handle.remove()
     assert apply(model, **other) is not handle
 

@@ -31,7 +31,7 @@ def new(*arguments, capsys):
 
 
 def test_the_beginning_for_wan_has_its_sites_blocks_and_mini_and_passes_check(tmp_path, capsys):
-    file = tmp_path / "specs" / "mine.yaml"
+    file = tmp_path / "mine.yaml"
     status, out, err = new(WAN, "--out", file, capsys=capsys)
     assert status == 0 and "6 sites, 1 list of blocks" in out and "did not run" not in err
     begun, whole = Registry().read(file), Registry(plugins=False).get("diffusers/wan")
@@ -108,11 +108,10 @@ def test_a_guess_that_does_not_run_says_why_and_goes_on_from_a_mended_mini(tmp_p
     vace = PLACE.format("wan_vace.WanVACETransformer3DModel")
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     status, _, err = new(vace, "--out", first, capsys=capsys)
-    assert status == 0 and "did not run" in err and "VACE layers" in err
+    assert status == 1 and "did not run" in err and "VACE layers" in err and f"--mini {first}" in err
     written = yaml.safe_load(first.read_text())
     assert written["sites"] == [] and "--mini THIS_FILE" in first.read_text()
     written["mini"] = yaml.safe_load((Registry(plugins=False).get("diffusers/wan_vace").path).read_text())["mini"]
-    written["sites"] = [{"at": "rope.forward", "kind": "rope", "key": {"hidden_states": ["shape"]}}]
     mended = tmp_path / "mended.yaml"
     mended.write_text(yaml.safe_dump(written))
     status, out, err = new(vace, "--out", second, "--mini", mended, capsys=capsys)

@@ -6,6 +6,7 @@ import weakref
 import pytest
 
 from dit_patch.errors import SpecError
+from dit_patch.findings import DitPatchWarning
 from dit_patch.spec import registry
 from dit_patch.spec.loading import load
 from dit_patch.spec.registry import BUNDLED, Registry
@@ -194,8 +195,30 @@ class TestPlugins:
     @pytest.mark.parametrize("value", ["broken_when_imported.spces", "no_such_package", "broken_when_imported:a.b"])
     def test_an_entry_point_that_leads_nowhere_is_told_with_its_package(self, install, value):
         install(value)
-        with pytest.raises(SpecError, match="from the entry point `plug` of plug, is not a package or a directory"):
-            Registry(bundled=False).names()
+        said = "from the entry point `plug` of plug, is not a package or a directory"
+        with pytest.raises(SpecError, match=said):
+            Registry(bundled=False, strict=True).names()
+        with pytest.warns(DitPatchWarning, match=f"the specs of the installed package plug are left out: .*{said}"):
+            assert Registry().find(Base) is None
+
+    def test_a_broken_spec_of_an_installed_package_is_a_warning_and_all_others_work(self, install, tmp_path):
+        install("broken_when_imported.specs")
+        (tmp_path / "site/broken_when_imported/specs/broken.yaml").write_text("model: a.B\nsitse: []\n")
+        with pytest.warns(DitPatchWarning, match=r"(?s)package plug are left out: .*broken.yaml:2:.*`sites`"):
+            registry = Registry()
+            assert registry.find(Base) is not None and len(list(registry)) > 20
+        with pytest.raises(SpecError, match="broken.yaml:2:"):
+            list(Registry(strict=True))
+        with pytest.raises(SpecError, match="broken.yaml:2:"):
+            registry.get("broken")
+
+    def test_where_a_package_has_a_spec_for_a_class_of_ours_ours_is_taken(self, install, tmp_path):
+        install("broken_when_imported.specs")
+        wan = "diffusers.models.transformers.transformer_wan.WanTransformer3DModel"
+        text = f"model: {wan}\nsites:\n  - {{at: rope.forward, kind: rope, key: {{hidden_states: [shape]}}}}\n"
+        (tmp_path / "site/broken_when_imported/specs/aaa.yaml").write_text(text)
+        with pytest.warns(DitPatchWarning, match="package plug are left out: .*already has a spec"):
+            assert Registry().classes()[wan].name == "diffusers/wan"
 
 
 def test_a_registry_is_read_once_and_kept_by_nobody_else(write, only):

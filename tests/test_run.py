@@ -597,8 +597,9 @@ def test_mistakes_are_said_before_anything_starts(tmp_path):
     ]:
         status, err = refused(*arguments, "--", *touch, folder=tmp_path)
         assert status == 1 and words in err
-    status, err = refused("--strcit", "--", *touch, folder=tmp_path)
-    assert status == 2 and "--strcit" in err
+    for flag in ("--strcit", "--step-cach", "--patch"):  # the second would change the output
+        status, err = refused(flag, "--", *touch, folder=tmp_path)
+        assert status == 2 and flag in err and "usage: dit-patch run" in err
     assert not (tmp_path / "started").exists()
 
 

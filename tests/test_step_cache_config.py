@@ -14,7 +14,9 @@ def test_presets_hold_the_published_operating_points():
     assert StepCache.of("quality") == StepCache(threshold=0.08, warmup=8, bn=0, calibrator="taylorseer")
     assert StepCache.of("balanced").threshold == 0.15
     assert [StepCache.of(name).blocks(30, "a Wan 1.3B") for name in PRESETS] == [(8, 0), (8, 0), (1, 0)]
-    assert str(StepCache.of("performance")) == "F1B0 W4 R0.24 MC3 taylorseer(1)"
+    assert str(StepCache.of("performance")) == (
+        "performance (threshold=0.24 warmup=4 fn=1 max_continuous=3 calibrator=taylorseer)"
+    )
 
 
 def test_a_mapping_starts_from_a_preset():
@@ -41,7 +43,10 @@ def test_first_blocks_scale_with_the_depth(count, expected):
         ({"treshold": 0.1}, "no knob `treshold`; did you mean `threshold`?"),
         ({"Fn_compute_blocks": 8}, "no knob `Fn_compute_blocks`; here it is called `fn`"),
         ({"residual_diff_threshold": 8}, "here it is called `threshold`"),
-        (["quality"], "expected a preset (quality, balanced, performance), a mapping of knobs or a StepCache, not"),
+        (
+            ["quality"],
+            "expected a preset (quality, balanced, performance), a YAML file, a mapping of knobs or a StepCache, not",
+        ),
         (0.08, "not `0.08`"),
         ({"fn": 0}, "fn=`0`: expected a whole number of at least 1"),
         ({"fn": 1.0}, "fn=`1.0`: expected a whole number"),
@@ -97,7 +102,7 @@ def test_more_blocks_than_there_are(knobs, count, complaint):
 def test_masks_in_every_form():
     assert StepCache(mask="1101").mask == StepCache(mask=[1, 1, 0, 1]).mask == (1, 1, 0, 1)
     assert StepCache(mask="fast").mask == "fast"
-    assert str(StepCache(mask="1101", mask_policy="static")).endswith("mask 1101 static")
+    assert str(StepCache(mask="1101", mask_policy="static")).endswith("mask=1101 mask_policy=static")
 
 
 def test_memory_at_real_size():
@@ -125,7 +130,48 @@ def test_the_reports_lines():
     )
     assert row.skipped == pytest.approx(5 * 22 / (20 * 30))
     first, second, note = text(StepCache.of("quality"), [row])
-    assert first.startswith("step cache  FautoB0 W8 R0.08 taylorseer(1)") and "differs" in first
-    assert "blocks F8B0 of 30  5 of 20 steps cached: 8-10, 14, 19  (18% of its blocks' calls)" in second
+    assert first.startswith("step cache  quality (threshold=0.08 warmup=8 calibrator=taylorseer)")
+    assert "changes the output" in first
+    assert (
+        "blocks: 30, of which the first 8 always run  5 of 20 steps cached: 8-10, 14, 19  (18% of its blocks' calls)"
+        in second
+    )
     assert "held 3.00 MiB" in second and note == "    left alone while autograd records"
     assert "nothing has run yet" in "\n".join(text(StepCache(), [StepStats("transformer", "", "blocks", 30, 8, 0)]))
+
+
+def test_a_step_cache_is_saved_and_loaded_and_taken_by_its_file_wherever_one_is_asked_for(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for made in (*PRESETS.values(), StepCache(), StepCache(mask="1101", mask_policy="static", release=True)):
+        made.save(file)
+        assert StepCache.load(file) == StepCache.of(str(file)) == StepCache.of(file) == made
+    file.write_text("preset: balanced\nbn: 2\n")
+    assert StepCache.load(file) == StepCache(threshold=0.15, bn=2, calibrator="taylorseer")
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("treshold: 1", "mine.yaml`: step_cache: no knob `treshold`; did you mean `threshold`?"),
+        ("threshold: -1", "mine.yaml`: step_cache: threshold=`-1`"),
+        ("- 1", "mine.yaml`: expected a mapping of knobs"),
+        ("", "mine.yaml`: expected a mapping of knobs"),
+        ("{", "mine.yaml` is no YAML"),
+        (None, "mine.yaml` cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_is_no_step_cache_is_quoted(text, complaint, tmp_path):
+    file = tmp_path / "mine.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(StepCacheError) as caught:
+        StepCache.of(str(file))
+    assert complaint in str(caught.value)
+
+
+def test_a_step_cache_that_cannot_be_saved_is_one_error(tmp_path):
+    with pytest.raises(StepCacheError, match=r"mine.json`: expected a name that ends in .yaml"):
+        StepCache().save(tmp_path / "mine.json")
+    with pytest.raises(StepCacheError, match=r"mine.yaml` cannot be written: No such file"):
+        StepCache().save(tmp_path / "missing" / "mine.yaml")
+    assert not list(tmp_path.iterdir())

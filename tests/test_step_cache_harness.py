@@ -291,7 +291,6 @@ def test_the_command(tmp_path, capsys, trained):
         (["--set", "treshold=1"], "--set: no knob `treshold`; did you mean `threshold`?"),
         (["--set", "threshold"], "--set: `threshold`: expected NAME=VALUE"),
         (["--call", "heigth=32"], "takes no `heigth`"),
-        (["--steps", "0"], "--steps: 0 is less than 1"),
         (["--model", "/no/such/folder", "--prompt", "x"], "--model: `/no/such/folder`: there is no such folder"),
         (["--model", "somebody/something"], "no prompts: give --prompt or --prompts"),
         (["--prompts", "/no/such/file"], "--prompts: /no/such/file: No such file"),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import IO
 
 from ..errors import DitPatchError, quote, suggest
 from ..extras import installed_version
@@ -84,14 +85,23 @@ def _run(arguments: list[str]) -> int:
     parser = _overview()
     if arguments and not arguments[0].startswith("-"):
         parser.error(f"no command {quote(arguments[0])}{suggest(arguments[0], COMMANDS)}")
-    parser.parse_args(arguments)  # help, the version, or an unknown flag
-    parser.error("no COMMAND is given")
+    if not parser.parse_args(arguments).version:
+        parser.error("no COMMAND is given")
+    print(f"dit-patch {installed_version('dit-patch')}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, which keeps to itself that its help could not be written."""
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of one subcommand."""
     # A flag that is cut short might be one that changes the output.
-    parser = argparse.ArgumentParser(prog=f"dit-patch {name}", allow_abbrev=False, description=_sentence(name))
+    parser = _Parser(prog=f"dit-patch {name}", allow_abbrev=False, description=_sentence(name))
     module = import_module(f".{name.replace(' ', '_').replace('-', '_')}", __package__)
     module.arguments(parser)
     parser.set_defaults(run=module.run)
@@ -100,7 +110,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 def _overview() -> argparse.ArgumentParser:
     """Return the parser of a command line without a subcommand: it has the help on all of them."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dit-patch",
         usage="dit-patch [--help] [--version] COMMAND ...",
         description=_DESCRIPTION,
@@ -108,7 +118,7 @@ def _overview() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"dit-patch {installed_version('dit-patch')}")
+    parser.add_argument("--version", action="store_true", help="show the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
@@ -136,10 +146,12 @@ def _flush() -> None:
 
 
 def _output_works() -> bool:
-    """Return whether standard output can be written; what it could not write is still in its buffer."""
+    """Return whether standard output can be written, by an empty line, since not all of it need be buffered."""
     try:
         _flush()
-    except OSError:
+        if sys.stdout is not None:
+            os.write(sys.stdout.fileno(), b"\n")
+    except (OSError, ValueError):
         return False
     return True
 

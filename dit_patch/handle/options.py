@@ -13,12 +13,12 @@ from ..spec.registry import Registry
 from ..step_cache import StepCache
 
 _WORDS = {
-    "only": "only (kinds of sites):",
-    "specs": "only (specs):",
+    "only": "only:",
+    "specs": "only, by specs:",
     "max_bytes": "max_bytes:",
     "check": "check:",
     "fixes": "fixes:",
-    "directories": "specs (directories):",
+    "directories": "specs:",
     "step_cache": "step_cache:",
 }
 """What the user calls each of the options."""

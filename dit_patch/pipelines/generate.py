@@ -129,8 +129,8 @@ def _check_models(options: argparse.Namespace, specs: Mapping[str, Spec]) -> Non
     ):
         known = ", ".join(sorted({spec.name for spec in specs.values()})) or "none"
         raise UnsupportedModelError(
-            f"--model: nothing in {quote(options.model)} would be patched: no spec that was asked for is for "
-            f"{', '.join(cls.__name__ for cls in classes)}\n    Asked for: {known}."
+            f"--model: {quote(options.model)}: no spec for {', '.join(cls.__name__ for cls in classes)}, so nothing "
+            f"would be patched\n    Asked for: {known}."
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import StepCacheError, quote, suggest
+from ..errors import LONG, StepCacheError, quote, suggest
 from ..outputs import replacing
 from ..spec.messages import one_of
 from .calibration import Calibration
@@ -211,15 +211,16 @@ class StepCache:
         Raises:
             StepCacheError: the file cannot be written, or its name does not end in .yaml or .yml.
         """
+        label = f"step_cache: {quote(path, LONG)}"
         if Path(path).suffix not in _YAML:
-            raise StepCacheError(f"step_cache: {quote(path)}: expected a name that ends in .yaml")
+            raise StepCacheError(f"{label}: expected a name that ends in .yaml")
         found = "".join(f"# {line}\n" for line in str(self.calibration or "").splitlines())
         about = f"# A step cache of dit_patch; it changes the output.\n{found}"
         try:
             with replacing(path) as draft:
                 draft.write_text(about + yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
         except OSError as error:
-            raise StepCacheError(f"step_cache: {quote(path)} cannot be written: {error.strerror or error}") from error
+            raise StepCacheError(f"{label} cannot be written: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: str | PathLike) -> StepCache:
@@ -228,18 +229,19 @@ class StepCache:
         Raises:
             StepCacheError: there is no such file, it is no YAML, or it names a knob or a value that does not exist.
         """
+        label = f"step_cache: {quote(path, LONG)}"
         try:
             knobs = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise StepCacheError(f"step_cache: {quote(path)} cannot be read: {error.strerror or error}") from error
+            raise StepCacheError(f"{label} cannot be read: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeError) as error:
-            raise StepCacheError(f"step_cache: {quote(path)} is no YAML: {' '.join(str(error).split())}") from error
+            raise StepCacheError(f"{label} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(knobs, dict):
-            raise StepCacheError(f"step_cache: {quote(path)}: expected a mapping of knobs, such as `threshold: 0.1`")
+            raise StepCacheError(f"{label}: expected a mapping of knobs, such as `threshold: 0.1`")
         try:
             return cls.of(knobs)
         except StepCacheError as error:
-            raise StepCacheError(f"{quote(path)}: {error}") from error
+            raise StepCacheError(f"{quote(path, LONG)}: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
         """Return the knobs that are not as they are by default, as YAML and JSON can hold them."""
@@ -248,12 +250,13 @@ class StepCache:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
     def __str__(self) -> str:
-        """The preset's name, or what is not as it is by default: threshold=0.15 calibrator=taylorseer."""
-        for name, preset in PRESETS.items():
-            if preset == self:
-                return name
-        knobs = {**self.as_dict(), **({"mask": "".join(map(str, self.mask))} if isinstance(self.mask, tuple) else {})}
-        return " ".join(f"{name}={value}" for name, value in knobs.items()) or "defaults"
+        """The knobs that matter, and the preset that they are of: balanced (threshold=0.15 warmup=8 ...)."""
+        knobs = {"threshold": self.threshold, "warmup": self.warmup, **self.as_dict()}
+        if isinstance(self.mask, tuple):
+            knobs["mask"] = "".join(map(str, self.mask))
+        words = " ".join(f"{name}={value}" for name, value in knobs.items())
+        preset = next((name for name, preset in PRESETS.items() if preset == self), None)
+        return words if preset is None else f"{preset} ({words})"
 
 
 KNOBS = tuple(each.name for each in dataclasses.fields(StepCache) if each.name != "calibration")
