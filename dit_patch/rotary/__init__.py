@@ -52,9 +52,10 @@ def rotary(
 
     Args:
         x: (B, S, H, D) queries or keys, bfloat16, float16 or float32.
-        cos, sin: (S', W), (B or 1, S', W) or (B or 1, S', H or 1, W), float32, float64, bfloat16 or float16, with any
+        cos: (S', W), (B or 1, S', W) or (B or 1, S', H or 1, W), float32, float64, bfloat16 or float16, with any
             strides. W is `rotary_dim`, an entry for each member of a pair, or half of it, an entry for each pair.
             Tokens from S' <= S on are copied as they are.
+        sin: as `cos`.
         pairs: "interleaved", (2i, 2i + 1), or "half", (i, i + rotary_dim / 2).
         arithmetic: "separate" rounds each product and each sum once, in float64 where the tables are, else in float32;
             "rounded" rounds each product to the dtype of `x`, which the tables must have, as operations on such tensors
