@@ -25,7 +25,7 @@ REQUIRED = {  # what a command cannot do without, so that the mistake after it i
 
 def shell(*words, cwd=None, env=None, **options):
     command = [sys.executable, "-m", "dit_patch", *map(str, words)]
-    env = {**os.environ, **(env or {})}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300, **options)
 
 
@@ -223,7 +223,13 @@ INTERRUPTED = [
 def test_ctrl_c_ends_a_command_with_one_word_and_nothing_half_written(words, tmp_path):
     command = [sys.executable, "-m", "dit_patch", *words.split()]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     time.sleep(1.5)
     while process.poll() is None and _has_no_torch(process.pid):

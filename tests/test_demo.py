@@ -264,7 +264,7 @@ def test_without_ffmpeg_the_video_is_a_gif(tmp_path, monkeypatch, capsys):
 
     assert path == tmp_path / "wan.gif"
     with Image.open(path) as gif:
-        assert (gif.n_frames, gif.size) == (3, (32, 16))
+        assert (gif.n_frames, gif.size) == (3, (32, 32))
     assert "wan.gif instead" in capsys.readouterr().err
 
 

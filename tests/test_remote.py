@@ -440,7 +440,7 @@ def test_a_real_generator_with_a_step_cache(video, options):
         rows = handle.step_stats()
         assert len(rows) == 2 * len(video.executor.workers)
         assert all(row.cached == (2, 3, 4) for row in rows)
-        assert "step cache  F1B0 W2 R1" in str(handle)
+        assert "step cache  threshold=1" in str(handle)
     assert handle.step_stats() and torch.equal(frames(video, steps=5), plain)
     with pytest.raises(StepCacheError, match="fn=5"):
         workers.apply(video, **options, step_cache={"fn": 5})

@@ -422,6 +422,22 @@ class TestDiffusers:
         hooks = [hook for each in model.modules() for hook in diffusers_internals.hooks(each)]
         assert hooks and not any(map(diffusers_internals.is_neutral, hooks))
 
+    @pytest.mark.parametrize("before", [{}, {"ncols": 40}, {"disable": True}])
+    def test_labelled_progress(self, before, capsys):
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+        pipeline = DDPMPipeline(UNet2DModel(sample_size=4, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                                            up_block_types=("UpBlock2D",)), DDPMScheduler())  # fmt: skip
+        if before:
+            pipeline.set_progress_bar_config(**before)
+        for label, is_shown in ((None, False), ("what for", not before.get("disable"))):
+            with diffusers_internals.labelled_progress(pipeline, label):
+                list(pipeline.progress_bar([1, 2]))
+            assert ("what for" in capsys.readouterr().err) == is_shown
+        list(pipeline.progress_bar([1, 2]))
+        said = capsys.readouterr().err
+        assert "what for" not in said and bool(said) != before.get("disable", False)
+
     @pytest.mark.parametrize("replacing", [False, True])
     def test_saved_forward(self, replacing):
         from diffusers.hooks import HookRegistry, ModelHook

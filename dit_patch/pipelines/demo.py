@@ -133,25 +133,24 @@ def _play_step_cache(out: Path, seed: int, apply) -> tuple[bool, list[Path]]:
     from .quality import likeness
 
     pipeline = trained_example.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(ncols=80)
     print(f"step cache: {type(pipeline).__name__}, small but trained, {STEP_CACHE_STEPS} steps, {SHAPES_PROMPT!r}")
 
-    def generate() -> sampling.Sample:
-        return sampling.generate(
-            pipeline, SHAPES_PROMPT, seed, {**trained_example.CALL, "num_inference_steps": STEP_CACHE_STEPS}
-        )
+    def generate(label: str) -> sampling.Sample:
+        call = {**trained_example.CALL, "num_inference_steps": STEP_CACHE_STEPS}
+        return sampling.generate(pipeline, SHAPES_PROMPT, seed, call, f"step cache {label:7}")
 
-    generate()
-    plain = generate()
+    generate("warm-up")
+    plain = generate("plain")
     handle = apply(pipeline)
     try:
-        patched = generate()
+        patched = generate("patched")
     finally:
         handle.remove()
     handle = apply(pipeline, step_cache="performance")
     try:
-        generate()
-        cached = generate()
+        generate("warm-up")
+        cached = generate("cached")
         report = str(handle).partition("step cache")
     finally:
         handle.remove()

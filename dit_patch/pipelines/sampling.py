@@ -15,6 +15,7 @@ from ..handle import with_specs
 from ..sites.pipeline_models import find_models
 from ..spec.model import Spec
 from ..spec.registry import Registry
+from ..upstream.diffusers_internals import labelled_progress
 from . import call_arguments, pictures
 
 
@@ -31,8 +32,8 @@ class Sample:
     calls: int
 
 
-def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sample:
-    """Call a diffusers pipeline with a prompt and what else `call` says.
+def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any], label: str | None = None) -> Sample:
+    """Call a diffusers pipeline with a prompt and what else `call` says; its progress bar has the label.
 
     Raises:
         StepCacheError: it does not return frames.
@@ -40,7 +41,7 @@ def generate(pipeline: Any, prompt: str, seed: int, call: dict[str, Any]) -> Sam
     models = [model for model, _ in transformers(pipeline).values()]
     device = next(models[0].parameters()).device
     asked = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt", **call}
-    with _timed(models, device) as forwards:
+    with labelled_progress(pipeline, label), _timed(models, device) as forwards:
         start = _now(device)
         result = pipeline(prompt=prompt, **asked)
         seconds = _now(device) - start

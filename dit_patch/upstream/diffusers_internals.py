@@ -8,12 +8,30 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 RESET_STATE = "_reset_stateful_cache"
 """The method of a model that pipelines call when a generation is over: there is no public sign of that on the model."""
+
+
+@contextmanager
+def labelled_progress(pipeline: Any, label: str | None) -> Iterator[None]:
+    """Have the pipeline's progress bar say what it is for, and be as it was afterwards; one that is off stays off.
+
+    There is `set_progress_bar_config`, and no public way to read what was set: `_progress_bar_config`.
+    """
+    before = getattr(pipeline, "_progress_bar_config", None)
+    if label is None or (before or {}).get("disable"):
+        yield
+        return
+    pipeline.set_progress_bar_config(**{**(before or {}), "desc": label})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**(before or {}))
 
 
 def saved_forward(forward: Any) -> tuple[Any, str] | None:

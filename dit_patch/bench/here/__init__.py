@@ -42,7 +42,8 @@ def run_benchmark(
         tiny: run the tiny models of the specs instead of real sizes, on any device: figures then say nothing.
 
     Returns:
-        The exit status: 1 where a part failed, or a patched output differs from the plain one; else 0.
+        The exit status: 1 where a part failed, a patched output differs from the plain one, or nothing could be
+        measured at all; else 0.
 
     Raises:
         DitPatchError: an option cannot be had; nothing is measured then.
@@ -64,6 +65,9 @@ def run_benchmark(
         results.write()
     if out is not None:
         print(f"\n{out}")
+    if all(row.note.startswith(SKIPPED) for row in results.rows):
+        print("nothing was measured: see the reasons above", file=sys.stderr)
+        return 1
     return int(any(row.is_bad for row in results.rows))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ...errors import DitPatchError
 from ...outputs import check_file, write_errors
 from ...upstream.verbosity import quiet_upstream
 from ..rows import CsvFile
@@ -45,7 +46,7 @@ def run_benchmark(
         The exit status: 1 where `rotary` failed or bits of its results differ, else 0.
 
     Raises:
-        DitPatchError: a file cannot be written; before anything is measured.
+        DitPatchError: a file cannot be written, before anything is measured; or nothing could be measured.
     """
     check_file("--json", json)
     surroundings, rows = _environment(plan.device), []
@@ -60,6 +61,9 @@ def run_benchmark(
         if json is not None and rows:
             with write_errors("--json", json):
                 write_json(json, rows, surroundings)
+    if all(row.us is None for row in rows) and not any(row.note.startswith(FAILED) for row in rows):
+        reasons = "; ".join(dict.fromkeys(row.note for row in rows)) or "no case and no spec is left"
+        raise DitPatchError(f"nothing was measured: {reasons}")
     print("\nWhat is asked of dit_patch", *verdict_lines(rows, plan.device), sep="\n")
     print(*(f"\n{path}" for path in (csv, json) if path is not None), sep="")
     return int(any(row.differing or row.note.startswith(FAILED) for row in rows if row.contestant in _OWN))

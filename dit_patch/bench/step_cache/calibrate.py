@@ -50,10 +50,11 @@ def calibrate(
     uncached = StepCache(fn=base.fn, bn=base.bn, threshold=0.0, warmup=0, min_steps=0, release=True)
     with apply(pipeline, only=(), step_cache=uncached) as handle:
         # What is done once, the proof of parity among it, is not timed.
-        sampling.generate(pipeline, prompts[0], seed, {**call, "num_inference_steps": 2})
-        for prompt in prompts:
+        sampling.generate(pipeline, prompts[0], seed, {**call, "num_inference_steps": 2}, "calibrate: warm-up")
+        for number, prompt in enumerate(prompts, 1):
             recorder = Recorder(handle.step_caches)
-            sample = sampling.generate(pipeline, prompt, seed, call)
+            label = f"calibrate: prompt {number} of {len(prompts)}, uncached"
+            sample = sampling.generate(pipeline, prompt, seed, call, label)
             if not recorder.steps:
                 raise StepCacheError("calibrate: no transformer of this pipeline has run")
             runs.append((prompt, sample, recorder))
@@ -145,7 +146,8 @@ def _tried(pipeline: Any, runs: Sequence, base: StepCache, point: Point, seed: i
         for step_cache in handle.step_caches:
             step_cache.skip_proof()  # by the uncached runs
         for prompt, uncached, _ in runs:
-            sample = sampling.generate(pipeline, prompt, seed, call)
+            label = f"calibrate: threshold {point.threshold:g}"
+            sample = sampling.generate(pipeline, prompt, seed, call, label)
             seconds += sample.seconds
             worst = min(worst, likeness(uncached.frames, sample.frames).mean_ssim)
     return dataclasses.replace(point, measured=sum(sample.seconds for _, sample, _ in runs) / seconds, ssim=worst)

@@ -131,6 +131,8 @@ def _plot(summaries: list[Summary]) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     shown = [each for each in summaries if each.name not in (BASELINE, AGAIN) and "alone" not in each.name]
+    speeds = [each.speedup for each in shown] or [1.0]
+    middle = (min(speeds) + max(speeds)) / 2
     for fewer, marker, label in ((False, "o", "cached"), (True, "s", "fewer steps, uncached")):
         points = sorted(
             (each for each in shown if (each.calls != summaries[0].calls) == fewer), key=lambda each: each.speedup
@@ -139,8 +141,12 @@ def _plot(summaries: list[Summary]) -> bytes:
             [each.speedup for each in points], [each.ssim for each in points], marker, linestyle="--", label=label
         )
         for each in points:
-            axes.annotate(each.name, (each.speedup, each.ssim), textcoords="offset points", xytext=(6, 4), fontsize=8)
+            right = each.speedup > middle  # a label there goes to the left, so that it stays inside
+            offset, side = ((-6, 4), "right") if right else ((6, 4), "left")
+            place = (each.speedup, each.ssim)
+            axes.annotate(each.name, place, textcoords="offset points", xytext=offset, ha=side, fontsize=8)
             axes.plot([each.speedup] * 2, [each.worst_prompt_ssim, each.ssim], color="0.7", linewidth=1, zorder=0)
+    axes.margins(x=0.12, y=0.12)
     axes.axvline(1, color="0.8", linewidth=1)
     axes.set(xlabel="speed-up of the whole call", ylabel="SSIM to the baseline (line: to the worst prompt's)")
     axes.legend()
