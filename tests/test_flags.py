@@ -181,3 +181,26 @@ def test_where_no_report_is_asked_for_none_is_kept(specs, monkeypatch):
     monkeypatch.setattr(journals, "journal", journal)
     with dit_patch.from_args(toys.build(), parse("--patch-model", "--spec-dir", specs)):
         assert journal.document["handles"] == []
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("4096", 4096), ("2GiB", 2 << 30), ("500MB", 500_000_000), ("1.5 kib", 1536), ("1g", 10**9), (7, 7), ("", None)],
+)
+def test_a_number_of_bytes_may_have_a_unit(text, expected):
+    choice = Choice.from_args({"max_bytes": text}, {})
+    assert choice.max_bytes == expected and choice.options.get("max_bytes") == expected
+    assert Choice.from_environment(choice.to_environment()) == choice
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "0", "2 GiBs", "1e3"])
+def test_what_is_no_number_of_bytes_is_quoted(text):
+    with pytest.raises(DitPatchError, match=f"max_bytes: `{text}` is no number of bytes"):
+        Choice.from_args({"max_bytes": text}, {})
+
+
+def test_a_step_cache_s_file_is_found_from_other_directories_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("preset: quality\n")
+    variables = Choice(step_cache="mine.yaml").to_environment()
+    assert variables["DIT_PATCH_STEP_CACHE"] == str(tmp_path / "mine.yaml")

@@ -295,10 +295,49 @@ def test_an_error_names_the_pipeline_s_own_parameters(run):
     assert "It takes: batch_size, class_labels, num_inference_steps, " in said
 
 
-def test_a_patch_that_cannot_be_had_is_told_before_a_whole_generation(run):
-    status, out, err = run("wan", *CALL, "--prompt", PROMPT, "--compare", "--patch-model", "ropes")
-    assert status == 1 and "`ropes` is no kind and no spec; did you mean `rope`?" in err
-    assert "plain" not in out
+@pytest.mark.parametrize(
+    "words, environment, complaint",
+    [
+        (["--compare", "--patch-model", "ropes"], {}, "`ropes` is no kind and no spec; did you mean `rope`?"),
+        (["--patch-model", "--spec-dir", "nowhere"], {}, "the directory `nowhere` does not exist"),
+        (["--step-cache", "qualty"], {}, "no preset `qualty`; did you mean `quality`?"),
+        (["--step-cache", "mine.yaml"], {}, "`mine.yaml` cannot be read: No such file"),
+        (["--patch-model", "--max-bytes", "much"], {}, "max_bytes: `much` is no number of bytes"),
+        ([], {"DIT_PATCH_STEP_CACHE": "fast"}, "no preset `fast`"),
+        (
+            [],
+            {"DIT_PATCH_MODEL": "diffusers/flux"},
+            "no spec for UMT5EncoderModel, WanTransformer3DModel, ",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_patches_is_told_before_the_weights_are_read(
+    words, environment, complaint, run, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("it loads"))
+    status, out, err = run("wan", *CALL, "--prompt", PROMPT, *words)
+    assert status == 1 and complaint in err and not out
+
+
+@PATCHABLE
+def test_the_trained_example_needs_no_folder_and_no_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--prompt", "a red circle moving up", "--steps", "3", "--compare", "--out", "x.png"]
+    assert cli.main(["generate", "--model", "shapes", *words]) == 0
+    out = capsys.readouterr().out
+    assert "identical: yes" in out and "6 frames of 32x32" in out and (tmp_path / "x.png").exists()
+
+
+def test_a_folder_of_frames_takes_the_place_of_an_earlier_one_and_of_nothing_else(run, tmp_path):
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "0099.png").touch()
+    assert run("wan", *CALL, "--prompt", PROMPT, "--out", "frames")[0] == 0
+    assert len(list((tmp_path / "frames").iterdir())) == 5
+    (tmp_path / "frames" / "notes.txt").touch()
+    status, _, err = run("wan", *CALL, "--prompt", PROMPT, "--out", "frames")
+    assert status == 1 and "--out: `frames` holds other files, such as `notes.txt`" in err
 
 
 def test_weights_that_are_missing_are_told_with_where_a_whole_folder_comes_from(saved, tmp_path, run):

@@ -130,9 +130,7 @@ def test_a_model_without_a_spec_is_told_with_what_is_known(apply):
     known = ", ".join(sorted([*Registry().names(), "toy"]))
     with pytest.raises(UnsupportedModelError) as caught:
         apply(pipeline(vae=None, transformer=toys.Elsewhere()))
-    assert str(caught.value) == (
-        f'no spec for Elsewhere (toys).\n    Known: {known}. Write one: README, "A spec for your model".'
-    )
+    assert str(caught.value) == (f"no spec for Elsewhere (toys).\n    Known: {known}. Write one: docs/specs.md.")
 
 
 def test_what_is_no_model_at_all_is_told(apply):

@@ -107,3 +107,18 @@ def test_a_grey_video_is_written_in_colours():
 def test_an_ending_that_nobody_can_write_is_quoted(tmp_path):
     with pytest.raises(DitPatchError, match=r"--out: `.*x.webm`: expected .* not `.webm`"):
         pictures.find_writer(tmp_path / "x.webm")
+
+
+def test_a_label_stands_above_each_frame_and_leaves_the_frame_as_it_is():
+    video = ramp(3, 32)
+    made = pictures.labelled("plain", video)
+    assert made.shape == (3, 3, 48, 32) and torch.equal(made[:, :, 16:], video)
+    bar = made[0, :, :16]
+    assert bar.max() == 1 and bar.min() < 0.1 and torch.equal(made[2, :, :16], bar)
+
+
+def test_a_video_that_the_encoder_has_cut_short_is_no_success(tmp_path, monkeypatch):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg")
+    monkeypatch.setattr(ffmpeg, "count_frames_and_secs", lambda path: (2, 1.0))
+    with pytest.raises(OSError, match="only 2 of 3 frames are in it"):
+        pictures.write_mp4(tmp_path / "x.mp4", ramp(3, 32))

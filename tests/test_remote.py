@@ -119,6 +119,29 @@ def test_a_generator_that_was_shut_down_is_told_from_something_unknown(generator
 # The handle
 
 
+def test_a_handle_that_was_not_kept_is_found_in_the_workers_and_all_is_taken_back(generator, models, apply):
+    before = [toys.snapshot(model) for model in models]
+    assert workers.handle_of(generator) is None and workers.remove(generator) is False
+    handle = apply(generator)
+    found = workers.handle_of(generator)
+    assert found == handle and found.options == handle.options
+    assert workers.remove(generator) is True and workers.handle_of(generator) is None
+    assert all(map(toys.same_snapshot, before, [toys.snapshot(model) for model in models]))
+
+
+def test_every_worker_explains_and_is_told_of_a_generation(generator, models, apply):
+    handle = apply(generator)
+    generator.generate_video()
+    said = handle.explain()
+    assert "rank 0:\n" in said and "rank 1:\n" in said and said.count("embed.forward") == 2 and not handle.models
+    misses = [row.misses for row in handle.stats() if row.at == "embed.forward"]
+    handle.begin_generation(steps=3)  # forgets what is known by identity
+    generator.generate_video()
+    assert [row.misses for row in handle.stats() if row.at == "embed.forward"] == [each + 1 for each in misses]
+    handle.remove()
+    assert handle.explain() == ""
+
+
 def test_every_worker_is_patched_reported_and_taken_back(generator, models, apply):
     before = [toys.snapshot(model) for model in models]
     plain = generator.generate_video()

@@ -163,7 +163,7 @@ def _why_none(models: dict[str, torch.nn.Module], paired: Chosen, registry: Regi
         what = [f"{type(model).__name__} ({type(model).__module__})" for model in unknown]
         yield (
             f"no spec for {', '.join(what) or 'a pipeline without modules'}.\n"
-            f'    Known: {", ".join(registry.names()) or "none"}. Write one: README, "A spec for your model".'
+            f"    Known: {', '.join(registry.names()) or 'none'}. Write one: docs/specs.md."
         )
     for path, (_, spec) in paired.items():
         yield (

@@ -176,12 +176,31 @@ def find_handle(worker: Any) -> Applied | None:
 
 def call_handle(worker: Any, tokens: dict[int, str], *methods: str) -> Rows | None:
     """Call methods of the worker's handle; its rows after that, or None if it is not there any more."""
-    handle = _existing_handle(worker.pipeline)
-    if handle is None or handle.token != tokens.get(worker.rank, ""):
+    handle = _own(worker, tokens)
+    if handle is None:
         return None
     for method in methods:
         getattr(handle, method)()
     return handle.rows()
+
+
+def explain(worker: Any, tokens: dict[int, str]) -> str | None:
+    """Return what the worker's handle explains, or None if it is not there any more."""
+    handle = _own(worker, tokens)
+    return None if handle is None else handle.explain()
+
+
+def begin_generation(worker: Any, tokens: dict[int, str], steps: int | None) -> None:
+    """Tell the worker's handle, if it is still there, that a generation begins."""
+    handle = _own(worker, tokens)
+    if handle is not None:
+        handle.begin_generation(steps)
+
+
+def _own(worker: Any, tokens: dict[int, str]) -> Handle | None:
+    """Return the worker's handle, if it is the one that the tokens are of."""
+    handle = _existing_handle(worker.pipeline)
+    return handle if handle is not None and handle.token == tokens.get(worker.rank, "") else None
 
 
 def _existing_handle(pipeline: Any) -> Handle | None:

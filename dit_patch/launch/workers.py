@@ -24,7 +24,17 @@ from ..report.reported import ReportedHandle
 from ..report.rows import Rows, SiteStats
 from ..sites import layers
 from ..step_cache.stats import StepStats
-from .worker_calls import Answer, WorkersGone, call_handle, call_workers, error_of, find_handle, patch_pipeline
+from .worker_calls import (
+    Answer,
+    WorkersGone,
+    begin_generation,
+    call_handle,
+    call_workers,
+    error_of,
+    explain,
+    find_handle,
+    patch_pipeline,
+)
 
 __all__ = ["RemoteHandle", "apply", "apply_in_workers", "handle_of", "is_remote", "remove"]
 
@@ -82,8 +92,8 @@ def _remote_handle(executor: Any, answers: Sequence[Answer]) -> RemoteHandle:
 class RemoteHandle(ReportedHandle):
     """The handles of all workers in one: print it for the report, `remove()` it to take everything back.
 
-    Does what a `Handle` does, but has no `models`, and no `begin_generation`, since FastVideo's stages tell when one
-    begins. Each worker may hold the `max_bytes` that were asked for. With several workers each row names its rank.
+    Does what a `Handle` does; its `models` are none, since they live in the workers. Each worker may hold the
+    `max_bytes` that were asked for. With several workers each row names its rank.
     """
 
     is_remote = True
@@ -114,6 +124,25 @@ class RemoteHandle(ReportedHandle):
     def repair(self) -> None:
         """Put back the patches that another library has displaced."""
         self._call("repair")
+
+    def begin_generation(self, steps: int | None = None) -> None:
+        """Say that a generation begins, as `Handle.begin_generation`; FastVideo's own stages tell it by themselves."""
+        if self._last_rows is None:
+            self._ask(begin_generation, steps)
+
+    def explain(self) -> str:
+        """Return what `Handle.explain` returns in every worker; nothing after `remove`."""
+        if self._last_rows is not None:
+            return ""
+        texts = {answer.rank: answer.value or "" for answer in self._ask(explain)}
+        if len(texts) == 1:
+            return next(iter(texts.values()))
+        return "\n".join(f"rank {rank}:\n{text}" for rank, text in texts.items())
+
+    @property
+    def models(self) -> dict[str, torch.nn.Module]:
+        """The patched models that live in this process: none."""
+        return {}
 
     def rows(self) -> Rows:
         """Return the rows of every worker; after `remove` those that it left."""
@@ -165,9 +194,7 @@ class RemoteHandle(ReportedHandle):
 
     def _call(self, *methods: str) -> Rows:
         """Call methods of every worker's handle; returns the rows after that."""
-        answers = call_workers(self._executor, call_handle, self._tokens, *methods)
-        if (error := error_of(answers)) is not None:
-            raise error
+        answers = self._ask(call_handle, *methods)
         rows_of = {answer.rank: rows for answer in answers if (rows := answer.value) is not None}
         if not rows_of:
             raise WorkersGone(
@@ -180,6 +207,13 @@ class RemoteHandle(ReportedHandle):
             tuple(row for rows in rows_of.values() for row in rows.sites),
             tuple(row for rows in rows_of.values() for row in rows.steps),
         )
+
+    def _ask(self, function: Callable, *args: Any) -> list[Answer]:
+        """Call a function of `worker_calls` in every worker, with the tokens of the handles there."""
+        answers = call_workers(self._executor, function, self._tokens, *args)
+        if (error := error_of(answers)) is not None:
+            raise error
+        return answers
 
 
 def _executor(target: Any) -> Any:

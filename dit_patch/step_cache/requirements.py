@@ -58,7 +58,7 @@ def check_spec(spec: Spec, what: str) -> None:
     if rule is None or not spec.blocks:
         raise StepCacheError(
             f"no step caching for {what}: {spec.name} does not say what its blocks are.\n"
-            '    A spec says it with `blocks:` and `step_cache:`; README, "A spec for your model".'
+            "    A spec says it with `blocks:` and `step_cache:`; docs/specs.md."
         )
 
 
