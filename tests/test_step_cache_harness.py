@@ -278,10 +278,30 @@ def test_the_command(tmp_path, capsys, trained):
     said = capsys.readouterr().out
     assert status == 0, said
     assert (out / "report.html").is_file() and (out / "runs.csv").is_file() and "performance" in said
+    with (out / "generations.csv").open(newline="") as file:
+        timed = list(csv.DictReader(file))
+    assert {row["variant"] for row in timed} >= {"baseline", "baseline again", "performance"}
+    assert all(float(row["seconds"]) > 0 and row["torch"] for row in timed)
     timid = ["--steps", "4", "--threshold", "0.000001", "--threshold", "0.00001"]
     status = cli.main([*words, *timid, "--set", "warmup=2", "--set", "fn=1"])
     said = capsys.readouterr().out
     assert status == 1 and "FAILED: R1e-06" in said and "R1e-05" in said
+
+
+def test_an_interrupt_leaves_the_generations_that_were_timed(tmp_path, monkeypatch):
+    out, times = tmp_path / "out", iter(range(7))
+
+    def generate(*args, **kwargs):
+        if next(times) == 6:
+            raise KeyboardInterrupt
+        return generated(*args, **kwargs)
+
+    generated = sampling.generate
+    monkeypatch.setattr(sampling, "generate", generate)
+    words = ["--prompt", PROMPTS[0], "--steps", "6", "--repeats", "2", "--preset", "performance", "--set", "warmup=2"]
+    assert cli.main(["bench", "step-cache", *words, "--set", "fn=1", "--out", str(out)]) == 130
+    assert [each.name for each in out.iterdir()] == ["generations.csv"]
+    assert len((out / "generations.csv").read_text().splitlines()) > 1
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ... import extras
 from ...errors import StepCacheError, quote, suggest
 from ...outputs import check_folder, write_errors
-from ...pipelines import call_arguments, loading
+from ...pipelines import call_arguments, loading, sampling
 from ...step_cache.config import KNOBS, PRESETS, StepCache
 from ...upstream.verbosity import quiet_upstream
+from ..rows import CsvFile
+from ..surroundings import environment
+from .harness import Generation
 
 NEEDED = {
     "jinja2": "jinja2",
@@ -23,7 +28,7 @@ NEEDED = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare, print the table, write `report.html`, `runs.csv` and `frames.csv`; 1 where the comparison is void."""
+    """Compare, print the table, write the report and its tables; 1 where the comparison is void."""
     extras.require("bench step-cache", NEEDED, "cache-bench", StepCacheError)
     from ...step_cache import requirements
     from . import document, harness
@@ -45,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
             seed=options.seed,
             repeats=options.repeats,
             direct=options.beside_cache_dit,
-            say=print,
+            say=partial(print, flush=True),
+            keep=_keeper(options.out, pipeline),
         )
     print("\n" + document.plain(result) + "\n")
     title = f"Step caching on {options.model}, {options.steps} steps"
@@ -53,8 +59,23 @@ def run(options: argparse.Namespace) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         document.write(options.out / "report.html", result, title)
         tables = harness.write_csv(options.out, result)
-    print(options.out / "report.html", *tables, sep="\n")
+    print(options.out / "report.html", *tables, options.out / "generations.csv", sep="\n")
     return 1 if result.failures else 0
+
+
+def _keeper(folder: Path, pipeline: Any) -> Callable[[Generation], None]:
+    """Return what writes each generation to `generations.csv` as soon as it is timed."""
+    files: list[CsvFile] = []
+
+    def keep(generation: Generation) -> None:
+        if not files:
+            surroundings = environment(str(sampling.device_of(pipeline)))
+            with write_errors("--out", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            files.append(CsvFile(folder / "generations.csv", Generation, surroundings, "--out"))
+        files[0].add(generation)
+
+    return keep
 
 
 def _configs(options: argparse.Namespace, knobs: Mapping[str, Any]) -> dict[str, StepCache]:

@@ -74,6 +74,18 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """One generation that was timed; the order of the fields is that of the columns in `generations.csv`."""
+
+    variant: str
+    prompt: str
+    seed: int
+    seconds: float
+    dit_seconds: float
+    calls: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """One variant over all prompts. Times are medians over the prompts, each the median of its repeats; `spread` is the
     widest interquartile range of one prompt's repeats. Likeness is to the baseline; `equal` counts equal prompts."""
@@ -117,6 +129,7 @@ def compare(
     repeats: int = 3,
     direct: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Generation], None] = lambda generation: None,
 ) -> Result:
     """Generate every prompt with every variant, in turns, and compare the frames with the baseline's.
 
@@ -129,6 +142,7 @@ def compare(
         repeats: how often each generation is timed, after a warm-up of each variant.
         direct: also drive cache-dit itself, on copies of the transformers.
         say: is told of each generation.
+        keep: gets each generation as soon as it is timed.
 
     Raises:
         StepCacheError: the pipeline does not take what it is called with, or a cache cannot be switched on.
@@ -136,7 +150,7 @@ def compare(
     if not prompts or not configs:
         raise StepCacheError(f"nothing to compare: no {'step caches' if prompts else 'prompts'}")
     sampling.check_call(pipeline, call)
-    comparison = _Comparison(pipeline, list(prompts), call, steps, seed, say)
+    comparison = _Comparison(pipeline, list(prompts), call, steps, seed, say, keep)
     variants = [Variant(BASELINE), Variant(AGAIN)]
     for name, config in configs.items():  # next to each other, for their times are compared pairwise
         variants += [Variant(name, config), *[Variant(_alone(name), config, direct=True)] * direct]
@@ -193,9 +207,9 @@ def write_csv(folder: Path, result: Result) -> list[Path]:
 class _Comparison:
     """The generations of one `compare`, and what they come to."""
 
-    def __init__(self, pipeline, prompts: list[str], call: dict, steps: int, seed: int, say) -> None:
+    def __init__(self, pipeline, prompts: list[str], call: dict, steps: int, seed: int, say, keep) -> None:
         self.pipeline, self.prompts, self.call = pipeline, prompts, call
-        self.steps, self.seed, self.say = steps, seed, say
+        self.steps, self.seed, self.say, self.keep = steps, seed, say, keep
         self.device = sampling.device_of(pipeline)
         self.runs: dict[tuple[str, int], Run] = {}
         self._alone: dict[str, Any] = {}
@@ -289,6 +303,7 @@ class _Comparison:
         if warm_up:
             self._skipped[variant.name] = skipped
             return sample.seconds
+        self.keep(Generation(variant.name, prompt, seed, sample.seconds, sample.dit_seconds, sample.calls))
         run = self.runs.get((variant.name, number))
         if run is None:
             run = Run(variant, prompt, seed, sample.frames, sample.calls, cached, skipped, notes)
