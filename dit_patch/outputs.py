@@ -28,7 +28,16 @@ def check_file(flag: str, path: str | os.PathLike | None) -> None:
     if path.is_dir():
         raise DitPatchError(f"{flag}: {quote(path, LONG)} is a folder; give the name of a file")
     if not _is_special(path):
-        _check_folder_takes_files(flag, path, path.parent)
+        check_place(flag, path)
+
+
+def check_place(flag: str, path: str | os.PathLike) -> None:
+    """Refuse a path, of a file or a folder, beside which no draft can be written.
+
+    Raises:
+        DitPatchError: its folder is missing or cannot be written in.
+    """
+    _try_to_write(flag, Path(path), Path(path).parent)
 
 
 def check_folder(flag: str, path: str | os.PathLike) -> None:
@@ -42,7 +51,7 @@ def check_folder(flag: str, path: str | os.PathLike) -> None:
         raise DitPatchError(f"{flag}: {quote(path, LONG)} is a file; give a folder")
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    _check_folder_takes_files(flag, path, folder)
+    _try_to_write(flag, path, folder)
 
 
 @contextmanager
@@ -76,7 +85,7 @@ def write_errors(flag: str, path: str | os.PathLike) -> Iterator[None]:
         raise _cannot(flag, path, error) from error
 
 
-def _check_folder_takes_files(flag: str, path: Path, folder: Path) -> None:
+def _try_to_write(flag: str, path: Path, folder: Path) -> None:
     """Try to make a file in the folder."""
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -128,6 +128,57 @@ def test_a_number_that_no_command_can_use_is_refused_before_anything_begins(word
     assert status == 2 and said in err and not out and not left
 
 
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_command_without_what_it_cannot_do_without_names_it(name, in_process):
+    status, out, err, left = in_process(name)
+    assert status == 2 and "the following arguments are required" in err and not out and not left
+
+
+CHOICES = [
+    ("bench diffusers/wan", "--only", 2),
+    ("bench diffusers/wan", "--device", 1),
+    ("bench host diffusers/wan", "--only", 2),
+    ("bench here --tiny", "--only", 1),
+    ("bench here --tiny", "--device", 1),
+    ("bench rotary qwen3", "--only", 2),
+    ("bench rotary qwen3", "--device", 1),
+    pytest.param("bench step-cache", "--preset", 1, marks=needs["cache_dit"]),
+    pytest.param("bench step-cache", "--set", 1, marks=needs["cache_dit"]),
+    pytest.param("bench step-cache", "--call", 1, marks=needs["cache_dit"]),
+    pytest.param("bench step-cache", "--device", 1, marks=needs["cache_dit"]),
+    pytest.param("bench step-cache --model x --prompt x", "--dtype", 1, marks=needs["cache_dit"]),
+    pytest.param("bench step-cache", "--prompts", 1, marks=needs["cache_dit"]),
+    ("check diffusers/wan", "--device", 1),
+    ("check diffusers/wan", "--dtype", 1),
+    ("check diffusers/wan", "--config", 1),
+    ("check diffusers/wan", "--model", 1),
+    ("check diffusers/wan", "--spec-dir", 1),
+    ("list", "--spec-dir", 1),
+    ("show diffusers/wan", "--spec-dir", 1),
+    ("new diffusers.WanTransformer3DModel", "--mini", 1),
+    ("generate --model shapes --prompt x", "--dtype", 1),
+    ("generate --model shapes --prompt x", "--device", 1),
+    ("generate --model shapes --prompt x", "--offload", 2),
+    ("generate --model shapes --prompt x", "--compile", 2),
+    ("generate --model shapes --prompt x", "--call", 1),
+    ("generate --model shapes --prompt x", "--image", 1),
+    ("generate --model shapes --prompt x", "--spec-dir", 1),
+    ("generate --model shapes --prompt x", "--patch-model", 1),
+    ("generate --model shapes --prompt x", "--step-cache", 1),
+    ("generate --model shapes --prompt x", "--max-bytes", 1),
+    ("run", "--print-env", 2),
+]
+
+
+@needs_diffusers
+@pytest.mark.parametrize("words, option, expected", CHOICES)
+def test_a_value_that_does_not_exist_is_quoted_before_anything_begins(words, option, expected, in_process):
+    extra = ["--patch-model"] if option == "--spec-dir" and words.startswith("generate") else []
+    status, out, err, left = in_process(*words.split(), *extra, f"{option}=nowhat")
+    assert status == expected and "nowhat" in err and "Traceback" not in err and not left
+    assert not out or words == "check diffusers/wan"
+
+
 OUTPUTS = [
     ("bench diffusers/wan", "--csv", "x.csv"),
     ("bench host diffusers/wan", "--csv", "x.csv"),

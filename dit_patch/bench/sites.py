@@ -19,6 +19,7 @@ from torch.utils.benchmark import Measurement, Timer
 from ..handle import apply
 from ..memo.context import transparent_modes
 from ..memo.results import map_tensors
+from ..pipelines import loading
 from ..sites import scope
 from ..spec import mini
 from ..spec.model import Spec
@@ -47,7 +48,7 @@ def run_benchmark(
         device: by default cuda where there is one, else cpu.
         seconds: the least time for a figure.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(loading.device(device))
     chosen = choose(Registry(), specs)
     surroundings = environment(device)
     file = CsvFile(csv, Comparison, surroundings)

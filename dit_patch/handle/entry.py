@@ -50,7 +50,7 @@ def apply(
     strict: bool = True,
     specs: Iterable[str | PathLike] = (),
     trust: bool = False,
-    step_cache: StepCache | str | Mapping[str, Any] | None = None,
+    step_cache: StepCache | str | PathLike | Mapping[str, Any] | None = None,
 ) -> Handle | RemoteHandle:
     """Patch the transformers of `target` so that what does not change between steps is computed once: same bits out.
 
@@ -71,7 +71,7 @@ def apply(
         specs: further directories with specs.
         trust: let specs from `specs` name functions outside dit_patch in `use:`.
         step_cache: also skip blocks where a step changes little, which **changes the output**: a preset ("quality",
-            "balanced", "performance"), a `StepCache`, or a mapping of its knobs. Off by default.
+            "balanced", "performance"), a `StepCache`, a mapping of its knobs, or a YAML file of them. Off by default.
 
     Returns:
         A `Handle`; a `RemoteHandle`, which does the same, for a `VideoGenerator`.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DitPatchError, quote
-from ..outputs import check_file, check_folder
+from ..outputs import check_folder, check_place
 
 if TYPE_CHECKING:
     import torch
@@ -155,8 +155,8 @@ def check_folder_of_frames(flag: str, path: Path) -> None:
     Raises:
         DitPatchError: it is to be replaced, and something in it would be lost.
     """
-    check_file(flag, path.parent / f"{path.name}.png")
     check_folder(flag, path)
+    check_place(flag, path)
     others = [each.name for each in path.iterdir() if not _FRAME.fullmatch(each.name)] if path.is_dir() else []
     if others:
         raise DitPatchError(f"{flag}: {quote(path)} holds other files, such as {quote(min(others))}; give a new folder")
