@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from dit_patch import cli
+from dit_patch.errors import DitPatchError
 
 needs = {name: pytest.mark.skipif(find_spec(name) is None, reason=f"needs {name}") for name in ("cache_dit", "imageio")}
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
@@ -288,7 +289,7 @@ def test_ctrl_c_ends_a_command_with_one_word_and_nothing_half_written(words, tmp
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode in (130, -signal.SIGINT), err  # a shell makes 130 of both
     assert "dit-patch: interrupted" in err and "Traceback" not in err
     assert not [each for each in tmp_path.rglob("*") if each.name.startswith(".")]
     assert not list(tmp_path.rglob("*.png"))
@@ -302,6 +303,13 @@ def _has_no_torch(pid):
 @needs_diffusers
 @needs["imageio"]
 def test_a_disk_that_fills_up_leaves_no_video_and_no_success(tmp_path):
+    from dit_patch.pipelines import loading
+
+    try:
+        loading.load("shapes", None)
+    except DitPatchError as error:
+        pytest.skip(str(error))
+
     def at_most_a_kilobyte():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 

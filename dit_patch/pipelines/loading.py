@@ -143,9 +143,7 @@ def load(
     if cls is not None and hasattr(sys.modules[cls.__module__], "is_ftfy_available"):
         extras.require(cls.__name__, {"ftfy": "ftfy"}, "generate")
     if model == TRAINED_EXAMPLE:
-        from . import trained_example
-
-        return trained_example.pipeline()
+        return _load_trained_example()
     from diffusers import DiffusionPipeline
 
     with _explained(model), warnings.catch_warnings():
@@ -154,6 +152,19 @@ def load(
         return DiffusionPipeline.from_pretrained(
             _folder_or_id(model), torch_dtype=dtype, **_without_none(variant=variant, revision=revision)
         )
+
+
+def _load_trained_example() -> Any:
+    from . import trained_example
+
+    try:
+        return trained_example.pipeline()
+    except Exception as error:  # of diffusers or transformers: it was saved by later ones than the oldest supported
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DitPatchError(
+            f"--model: {quote(TRAINED_EXAMPLE)}, the small trained pipeline, cannot be loaded by the versions of "
+            f"diffusers and transformers that are installed: {quote(reason, 200)}"
+        ) from error
 
 
 def _index(model: str, revision: str | None) -> dict[str, Any]:
