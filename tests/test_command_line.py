@@ -188,6 +188,7 @@ OUTPUTS = [
     ("bench here --tiny --device cpu", "--out", "x.json"),
     ("new diffusers.WanTransformer3DModel", "--out", "x.yaml"),
     ("generate --model shapes --prompt x", "--out", "x.png"),
+    ("generate --model shapes --prompt x", "--patch-report", "x.json"),
     ("run", "--patch-report", "x.json"),
 ]
 

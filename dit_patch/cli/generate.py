@@ -15,7 +15,10 @@ COMPILE = ("none", "blocks", "model")
 def arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("the pipeline")
     model.add_argument(
-        "--model", required=True, metavar="PATH_OR_ID", help="a saved diffusers pipeline: its folder, or its hub id"
+        "--model",
+        required=True,
+        metavar="PATH_OR_ID",
+        help="a saved diffusers pipeline: its folder, or its hub id; or `shapes`, the small trained Wan that comes along",
     )
     model.add_argument("--variant", metavar="NAME", help="of the weight files, such as fp16")
     model.add_argument("--revision", metavar="REV", help="of a hub id: branch, tag or commit")

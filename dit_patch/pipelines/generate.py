@@ -113,6 +113,9 @@ def _check_options(options: argparse.Namespace) -> None:
     out = options.out or Path("dit-patch.mp4")
     pictures.find_writer(out)
     extras.require(f"generate to {out.name}", pictures.NEEDED[out.suffix.lower()], "generate")
+    report = flags.Choice.from_args(options).patch_report
+    if report != "-":
+        check_file("--patch-report", report)
     if out.suffix:
         check_file("--out", out)
     else:
