@@ -9,7 +9,7 @@ import pytest
 from test_elsewhere import PROGRAM, dit_patch
 
 pytest.importorskip("diffusers")
-pytest.importorskip("ray", reason="Ray is not among what the tests install: pip install ray")
+pytest.importorskip("ray", reason="Ray is not among what the tests install: pip install 'dit-patch[test-ray]'")
 
 DRIVER = """
 import json, sys

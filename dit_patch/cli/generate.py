@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="PATH_OR_ID",
-        help="a saved diffusers pipeline: its folder, or its hub id; or `shapes`, the small trained Wan that comes along",
+        help="a saved diffusers pipeline: its folder or hub id; or `shapes`, the small trained Wan that comes along",
     )
     model.add_argument("--variant", metavar="NAME", help="of the weight files, such as fp16")
     model.add_argument("--revision", metavar="REV", help="of a hub id: branch, tag or commit")
