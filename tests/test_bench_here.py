@@ -81,10 +81,11 @@ def test_what_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatch, caps
     assert first.part == "absent" and first.note.startswith("failed: ") and "invalid choice" in first.note
     assert last == Row("capture", "a warm forward, replayed", note="skipped: needs a CUDA device")
     monkeypatch.setattr(here, "_LEAST", 0.0)
-    assert main([*DRY, "--minutes", "0.001", "--only", "capture", "--out", str(out)]) == 0
+    assert main([*DRY, "--minutes", "0.001", "--only", "capture", "--out", str(out)]) == 1
     [row] = json.loads(out.read_text())["rows"]
     assert row["note"].startswith("skipped: cut off after its ")
-    assert "cut off" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "cut off" in captured.out and "nothing was measured" in captured.err
 
 
 def test_other_bits_and_failures_are_bad_and_rows_that_were_cut_off_are_left_out(tmp_path):
