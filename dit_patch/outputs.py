@@ -27,6 +27,8 @@ def check_file(flag: str, path: str | os.PathLike | None) -> None:
     path = Path(path)
     if path.is_dir():
         raise DitPatchError(f"{flag}: {quote(path, LONG)} is a folder; give the name of a file")
+    if path.exists() and not os.access(path, os.W_OK):  # it could be replaced all the same
+        raise DitPatchError(f"{flag}: {quote(path, LONG)} cannot be written: it is read-only")
     if not _is_special(path):
         check_place(flag, path)
 

@@ -32,6 +32,14 @@ def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_made(path, said
     assert sorted(each.name for each in tmp_path.rglob("*")) == ["file", "folder"]
 
 
+def test_a_file_that_somebody_has_made_read_only_is_not_replaced(tmp_path, monkeypatch):
+    file = tmp_path / "x.csv"
+    file.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file)  # root may write everything
+    with pytest.raises(DitPatchError, match="x.csv` cannot be written: it is read-only"):
+        check_file("--csv", file)
+
+
 def test_a_file_that_can_be_written_is_not_made_by_looking(tmp_path):
     check_file("--csv", None)
     check_file("--csv", tmp_path / "x.csv")
