@@ -60,9 +60,9 @@ def check_folder(flag: str, path: str | os.PathLike) -> None:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield the path of a draft with the same ending, which takes the place of `path` if nothing is raised.
 
-    Where `path` is a device or a pipe, such as /dev/stdout, it is written directly.
+    Where `path` is a device or a pipe, such as /dev/stdout, it is written directly. A link stays one.
     """
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     if _is_special(path):
         yield path
         return

@@ -69,6 +69,14 @@ def test_a_draft_takes_the_place_of_the_file_only_when_all_went_well(tmp_path):
     assert file.read_text() == "new" and [each.name for each in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_a_link_stays_a_link(tmp_path):
+    file, link = tmp_path / "x.json", tmp_path / "latest.json"
+    link.symlink_to(file)
+    with replacing(link) as draft:
+        draft.write_text("new")
+    assert link.is_symlink() and file.read_text() == "new"
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
