@@ -154,6 +154,16 @@ def test_bench_finds_out_the_calls_of_a_real_size_by_a_forward_up_to_the_first_b
     assert "forward" not in vars(model.rope) and not model.blocks[0]._forward_pre_hooks
 
 
+def test_bench_refuses_what_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(surroundings, "version", lambda package: None)
+    status, out, err = run("bench", "fastvideo", "--only", "hits", capsys=capsys)
+    assert status == 1 and not out
+    assert "fastvideo/causal_wan needs fastvideo>=0.2.1, which is not installed: pip install 'fastvideo>=0.2.1'" in err
+    status, out, err = run("bench", capsys=capsys)
+    assert status == 1 and not out and "no library that there are specs for is installed" in err
+
+
+@pytest.mark.skipif(find_spec("fastvideo") is None, reason="needs FastVideo")
 def test_bench_takes_a_library_for_all_its_specs():
     names = [spec.name for spec in surroundings.choose(Registry(plugins=False), ["fastvideo", "diffusers/wan"])]
     assert names[-1] == "diffusers/wan" and len(names) > 5 and all(each.startswith("fastvideo/") for each in names[:-1])
