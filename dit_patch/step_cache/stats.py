@@ -115,7 +115,7 @@ def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
         spread = f"  differences {diffs[0]:.3g} to {diffs[-1]:.3g}, median {median(diffs):.3g}" if diffs else ""
         steps = f": {ranges(row.cached)}" if row.cached else ""
         lines.append(
-            f"  {row.model}  {row.label}  {row.blocks}: {row.count}, of which {_computed(row)} always run  "
+            f"  {row.model}  {row.label}  {row.blocks}: {row.count} (always run: {_computed(row)})  "
             f"{len(row.cached)} of {row.steps} steps cached{steps}  ({row.skipped:.0%} of its blocks' calls)"
             f"{spread}  held {row.nbytes / 2**20:.2f} MiB"
         )
@@ -125,7 +125,7 @@ def text(config: StepCache, rows: Sequence[StepStats]) -> list[str]:
 
 def _computed(row: StepStats) -> str:
     """Return in words which blocks a cached step still computes."""
-    return f"the first {row.fn}" + (f" and the last {row.bn}" if row.bn else "")
+    return f"first {row.fn}" + (f", last {row.bn}" if row.bn else "")
 
 
 def ranges(numbers: Sequence[int]) -> str:
