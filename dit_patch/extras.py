@@ -18,9 +18,14 @@ def require(what: str, needed: Mapping[str, str], extra: str, error: type[DitPat
         raise error(f"{what} needs {', '.join(missing)}: pip install 'dit-patch[{extra}]'")
 
 
-def installed_version(package: str) -> str:
-    """Return the installed version of a package; 0.0.0 where it is a plain checkout."""
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "0.0.0"
+        return None
+
+
+def installed_version(package: str) -> str:
+    """Return the installed version of a package; 0.0.0 where it is a plain checkout."""
+    return version(package) or "0.0.0"

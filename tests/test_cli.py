@@ -10,6 +10,7 @@ import pytest
 
 from dit_patch import cli
 from dit_patch.bench import recorded_calls, surroundings
+from dit_patch.handle import transaction
 from dit_patch.spec.registry import Registry
 
 
@@ -155,7 +156,8 @@ def test_bench_finds_out_the_calls_of_a_real_size_by_a_forward_up_to_the_first_b
 
 
 def test_bench_refuses_what_is_not_installed(capsys, monkeypatch):
-    monkeypatch.setattr(surroundings, "version", lambda package: None)
+    for room in (surroundings, transaction):
+        monkeypatch.setattr(room, "version", lambda package: None)
     status, out, err = run("bench", "fastvideo", "--only", "hits", capsys=capsys)
     assert status == 1 and not out
     assert "fastvideo/causal_wan needs fastvideo>=0.2.1, which is not installed: pip install 'fastvideo>=0.2.1'" in err

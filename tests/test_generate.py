@@ -459,7 +459,7 @@ def hub(monkeypatch, fresh_client):
 )
 def test_what_the_hub_refuses_is_told_apart(code, complaint, hub):
     with pytest.raises(DitPatchError) as raised:
-        loading.pipeline_class(f"somebody/{code}")
+        loading.read_index(f"somebody/{code}")
     assert f"--model: `somebody/{code}` cannot be loaded: {complaint}" in str(raised.value)
     assert f"`hf download somebody/{code} --local-dir DIR`" in str(raised.value)
 

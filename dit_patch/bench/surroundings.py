@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib import metadata
 
 import torch
-from packaging.requirements import Requirement
 
 from .. import __version__
-from ..errors import DitPatchError, VersionError
+from ..errors import DitPatchError
+from ..extras import version
+from ..handle import check_versions, is_installed
 from ..spec.model import Spec
 from ..spec.registry import Registry
 
@@ -24,7 +24,7 @@ def choose(registry: Registry, names: Sequence[str] | None) -> list[Spec]:
         VersionError: a package that one of them needs is not installed.
     """
     if not names:
-        chosen = [spec for spec in registry if installed(spec)]
+        chosen = [spec for spec in registry if is_installed(spec)]
         if not chosen:
             raise DitPatchError(
                 "nothing to measure, since no library that there are specs for is installed: "
@@ -36,23 +36,9 @@ def choose(registry: Registry, names: Sequence[str] | None) -> list[Spec]:
         below = [each for each in registry.names() if each.startswith(f"{name}/")]
         named |= {each: registry.get(each) for each in below or (name,)}
     for spec in named.values():
-        for line in spec.requires:
-            if version(Requirement(line).name) is None:
-                raise VersionError(f"{spec.name} needs {line}, which is not installed: pip install '{line}'")
+        if not is_installed(spec):
+            check_versions(spec, strict=True)  # which says what is missing
     return list(named.values())
-
-
-def installed(spec: Spec) -> bool:
-    """Return whether the packages that the spec needs are installed, in any version."""
-    return all(map(version, (Requirement(line).name for line in spec.requires)))
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def environment(device: str) -> dict[str, str]:

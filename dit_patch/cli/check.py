@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         subjects = cases.minis(spec)
     if options.model is None:
         torch.set_num_threads(1)  # minis are too small to share
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if options.json else partial(print, flush=True)
+    say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
     say(f"{spec.name}  ({spec.path})\n{', '.join(name.rpartition('.')[2] for name in spec.classes)}\n")
     with quiet_upstream():
         result = try_spec(spec, subjects, device=device, say=say)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import DitPatchError
-from ..extras import installed_version
+from ..extras import installed_version, version
 from ..findings import DitPatchWarning, FindingKind
-from ..handle import apply, check_versions
+from ..handle import apply, check_versions, is_installed
 from ..rotary import has_triton, rotary
 from ..spec import mini
 from ..spec.model import Spec
@@ -23,7 +23,6 @@ from ..spec.registry import Registry
 from ..upstream.verbosity import quiet_upstream
 
 _PACKAGES = ("diffusers", "fastvideo", "transformers", "accelerate", "peft", "cache-dit", "triton", "pydantic", "wrapt")
-_MISSING = "0.0.0"
 _IN_ORDER = {FindingKind.ABSENT, FindingKind.ABSENT_STAGE, FindingKind.STAND_IN, FindingKind.NOT_CALLED}
 
 
@@ -51,12 +50,11 @@ def facts() -> Iterator[Fact]:
     yield Fact("environment", "platform", platform.platform())
     yield Fact("environment", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield from _devices()
-    for package in _PACKAGES:
-        version = installed_version(package)
-        yield Fact("packages", package, "not installed" if version == _MISSING else version)
     for name in sorted(os.environ):
         if name.startswith("DIT_PATCH_"):
             yield Fact("environment", name, os.environ[name])
+    for package in _PACKAGES:
+        yield Fact("packages", package, version(package) or "not installed")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DitPatchWarning)
         registry = Registry()
@@ -106,7 +104,7 @@ def _model(spec: Spec) -> Fact:
         check_versions(spec, strict=True)
     except DitPatchError as error:
         problem = str(error).removeprefix(f"{spec.name} ")
-        return Fact(heading, spec.name, problem, is_fault="is not installed" not in str(error))
+        return Fact(heading, spec.name, problem, is_fault=is_installed(spec))
     if spec.mini is None:
         return Fact(heading, spec.name, "has no mini to try it on")
     try:

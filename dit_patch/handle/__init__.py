@@ -15,7 +15,7 @@
 from .entry import apply, handle_of, remove
 from .handle import Handle, own_handle
 from .options import Options
-from .transaction import check_versions, patch_models, with_specs
+from .transaction import check_versions, is_installed, patch_models, with_specs
 
 __all__ = [
     "Handle",
@@ -23,6 +23,7 @@ __all__ = [
     "apply",
     "check_versions",
     "handle_of",
+    "is_installed",
     "own_handle",
     "patch_models",
     "remove",

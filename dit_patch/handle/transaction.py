@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from importlib import metadata
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
 from ..errors import DitPatchError, UnsupportedModelError, VersionError, quote
+from ..extras import version
 from ..findings import Finding, FindingKind, warn
 from ..sites.pipeline_models import is_compiled_in, unwrap
 from ..spec.model import Spec
@@ -118,18 +118,22 @@ def _handles(chosen: Chosen) -> list[Handle]:
     return [handle for model, _ in chosen.values() if (handle := own_handle(model)) is not None]
 
 
+def is_installed(spec: Spec) -> bool:
+    """Return whether the packages that the spec needs are installed, in any version."""
+    return all(version(Requirement(line).name) for line in spec.requires)
+
+
 def check_versions(spec: Spec, strict: bool) -> None:
     """Raise VersionError if the spec's `requires` excludes an installed package; without `strict`, only warn."""
     for line in spec.requires:
         requirement = Requirement(line)
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
+        found = version(requirement.name)
+        if found is None:
             problem, remedy = f"{line}, which is not installed: pip install '{line}'", ""
         else:
-            if requirement.specifier.contains(version, prereleases=True):
+            if requirement.specifier.contains(found, prereleases=True):
                 continue
-            problem, remedy = f"{line}; {version} is installed.", " Pass strict=False to try anyway."
+            problem, remedy = f"{line}; {found} is installed.", " Pass strict=False to try anyway."
         if strict:
             raise VersionError(f"{spec.name} needs {problem}{remedy}")
         warn(Finding(FindingKind.OTHER_VERSION, spec.name, problem), stacklevel=3)

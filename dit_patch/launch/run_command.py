@@ -38,8 +38,7 @@ def run_command(choice: Choice, command: Sequence[str], *, strict: bool = False)
     Raises:
         DitPatchError: the choice makes no sense, before anything is started.
     """
-    if choice.patch_model is None:
-        choice = replace(choice, patch_model=AUTO)
+    choice = _with_default(choice)
     if not choice.is_wanted:
         print("dit-patch run: --patch-model off: the command runs as it is", file=sys.stderr)
         return _wait_for(command, _without_flags(os.environ))
@@ -71,8 +70,7 @@ def environment_for_workers(choice: Choice, folder: Path | None, *, strict: bool
     Raises:
         DitPatchError: the choice makes no sense, or the folder cannot be written in.
     """
-    if choice.patch_model is None:
-        choice = replace(choice, patch_model=AUTO)
+    choice = _with_default(choice)
     classes = chosen_specs(choice, strict=strict)
     if folder is not None:
         check_folder("--patch-report", folder)
@@ -81,6 +79,11 @@ def environment_for_workers(choice: Choice, folder: Path | None, *, strict: bool
     environment = _environment(choice, folder, strict)
     ours = {name: value for name, value in environment.items() if name == "PYTHONPATH" or name.startswith("DIT_PATCH_")}
     return {**ours, CLASSES_VARIABLE: " ".join(classes)}
+
+
+def _with_default(choice: Choice) -> Choice:
+    """Return the choice with everything patched where nothing was said of it."""
+    return choice if choice.patch_model is not None else replace(choice, patch_model=AUTO)
 
 
 def _report_file(path: str | None) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def run_generate(options: argparse.Namespace) -> int:
         The exit status: 1 where `--compare` finds a difference although no step cache was asked for, else 0.
     """
     choice = _choice(options)
-    _check_options(options)
+    _check_options(options, choice.patch_report)
     specs = chosen_specs(choice) if choice.is_wanted else {}
     if choice.options["step_cache"] is not None:
         requirements.cache_dit()
@@ -63,11 +63,12 @@ def run_generate(options: argparse.Namespace) -> int:
             f"--offload: {quote(options.offload)} needs an accelerator, and --device is {quote(device)}"
         )
     call = _call_from(options)
-    cls = loading.pipeline_class(options.model, options.revision)
+    index = loading.read_index(options.model, options.revision)
+    cls = loading.pipeline_class(index)
     if cls is not None:
         _check_call(cls, options, call)
     if choice.is_wanted:
-        _check_models(options, specs)
+        _check_models(options.model, loading.model_classes(index), specs)
 
     start = time.perf_counter()
     pipeline = loading.load(options.model, dtype, variant=options.variant, revision=options.revision)
@@ -108,12 +109,11 @@ def _choice(options: argparse.Namespace) -> flags.Choice:
     return flags.Choice.from_args(vars(options) | {"patch_model": flags.AUTO})
 
 
-def _check_options(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace, report: str | None) -> None:
     """Refuse what is wrong with the command line whatever the pipeline."""
     out = options.out or Path("dit-patch.mp4")
     pictures.find_writer(out)
     extras.require(f"generate to {out.name}", pictures.NEEDED[out.suffix.lower()], "generate")
-    report = flags.Choice.from_args(options).patch_report
     if report != "-":
         check_file("--patch-report", report)
     if out.suffix:
@@ -122,17 +122,16 @@ def _check_options(options: argparse.Namespace) -> None:
         pictures.check_folder_of_frames("--out", out)
 
 
-def _check_models(options: argparse.Namespace, specs: Mapping[str, Spec]) -> None:
+def _check_models(model: str, classes: Sequence[type], specs: Mapping[str, Spec]) -> None:
     """Refuse a pipeline of diffusers' own models none of which is to be patched, before its weights are read."""
     if any(name.startswith("transformers.") for name in specs):
         return  # models of these are inside others
-    classes = loading.model_classes(options.model, options.revision)
     if classes and not any(
         f"{base.__module__}.{base.__qualname__}" in specs for cls in classes for base in cls.__mro__
     ):
         known = ", ".join(sorted({spec.name for spec in specs.values()})) or "none"
         raise UnsupportedModelError(
-            f"--model: {quote(options.model)}: no spec for {', '.join(cls.__name__ for cls in classes)}, so nothing "
+            f"--model: {quote(model)}: no spec for {', '.join(cls.__name__ for cls in classes)}, so nothing "
             f"would be patched\n    Asked for: {known}."
         )
 

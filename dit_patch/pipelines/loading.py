@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -97,25 +97,30 @@ def call_defaults(model: str) -> dict[str, Any]:
     return dict(trained_example.CALL)
 
 
-def pipeline_class(model: str, revision: str | None = None) -> type | None:
-    """Return the class that a pipeline's `model_index.json` names; None if it is not one of diffusers'.
-
-    No weights are read.
+def read_index(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Return a pipeline's `model_index.json`, which names its classes; no weights are read.
 
     Raises:
         DitPatchError: there is no such pipeline, or it cannot be reached.
     """
-    return _class_of("diffusers", _index(model, revision).get("_class_name"))
+    extras.require("loading a pipeline", _NEEDED, "generate")
+    if model == TRAINED_EXAMPLE:
+        return {"_class_name": "WanPipeline"}
+    import diffusers
+
+    with _explained(model):
+        return diffusers.DiffusionPipeline.load_config(_folder_or_id(model), **_without_none(revision=revision))
 
 
-def model_classes(model: str, revision: str | None = None) -> list[type]:
-    """Return the classes of a pipeline's models by its `model_index.json`; none where one is not of a known library.
+def pipeline_class(index: Mapping[str, Any]) -> type | None:
+    """Return the class of the pipeline with that index; None if it is not one of diffusers'."""
+    return _class_of("diffusers", index.get("_class_name"))
 
-    Raises:
-        DitPatchError: there is no such pipeline, or it cannot be reached.
-    """
+
+def model_classes(index: Mapping[str, Any]) -> list[type]:
+    """Return the classes of the models of the pipeline with that index; none where one is not of a known library."""
     classes: list[type] = []
-    for component in _index(model, revision).values():
+    for component in index.values():
         if not isinstance(component, (list, tuple)) or component[0] is None:
             continue
         library, name = component
@@ -138,7 +143,7 @@ def load(
     Raises:
         DitPatchError: it cannot be loaded; the message says why, and what to do without network.
     """
-    cls = pipeline_class(model, revision)
+    cls = pipeline_class(read_index(model, revision))
     # diffusers imports ftfy where it is there, and fails at the first prompt where it is not.
     if cls is not None and hasattr(sys.modules[cls.__module__], "is_ftfy_available"):
         extras.require(cls.__name__, {"ftfy": "ftfy"}, "generate")
@@ -165,17 +170,6 @@ def _load_trained_example() -> Any:
             f"--model: {quote(TRAINED_EXAMPLE)}, the small trained pipeline, cannot be loaded by the versions of "
             f"diffusers and transformers that are installed: {quote(reason, 200)}"
         ) from error
-
-
-def _index(model: str, revision: str | None) -> dict[str, Any]:
-    """Return a pipeline's `model_index.json`; empty for the trained example."""
-    extras.require("loading a pipeline", _NEEDED, "generate")
-    if model == TRAINED_EXAMPLE:
-        return {"_class_name": "WanPipeline"}
-    import diffusers
-
-    with _explained(model):
-        return diffusers.DiffusionPipeline.load_config(_folder_or_id(model), **_without_none(revision=revision))
 
 
 def _class_of(library: str, name: Any) -> type | None:

@@ -130,7 +130,12 @@ class Registry:
         seen: set[Path] = set()
         sources = list(self._sources())
         for source in sources:
-            for path in _yaml_files(source):
+            try:
+                paths = _yaml_files(source)
+            except SpecError as error:
+                self._refuse(source.package, str(error))
+                continue
+            for path in paths:
                 if len(sources) > 1:  # a directory may be named twice, or lie inside another
                     real = path.resolve()
                     if real in seen:
@@ -150,12 +155,9 @@ class Registry:
         if self._plugins:
             for entry in metadata.entry_points(group=GROUP):
                 try:
-                    source = _plugin(entry)
-                    _yaml_files(source)
+                    yield _plugin(entry)
                 except SpecError as error:
                     self._refuse(_package(entry), str(error))
-                else:
-                    yield source
         for directory in self._directories:
             yield _Source(directory, f"the directory {quote(directory)}", self._trust)
 

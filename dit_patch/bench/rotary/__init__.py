@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from ...errors import DitPatchError
+from ...extras import version
 from ...outputs import check_file, write_errors
 from ...upstream.verbosity import quiet_upstream
 from ..rows import CsvFile
-from ..surroundings import environment, version
+from ..surroundings import environment
 from . import checks as gpu_checks
 from . import forwards
 from .contestants import CONTESTANTS, IN_PLACE, OURS, Maker
@@ -65,7 +66,9 @@ def run_benchmark(
         reasons = "; ".join(dict.fromkeys(row.note for row in rows)) or "no case and no spec is left"
         raise DitPatchError(f"nothing was measured: {reasons}")
     print("\nWhat is asked of dit_patch", *verdict_lines(rows, plan.device), sep="\n")
-    print(*(f"\n{path}" for path in (csv, json) if path is not None), sep="")
+    for path in (csv, json):
+        if path is not None:
+            print(f"\n{path}")
     return int(any(row.differing or row.note.startswith(FAILED) for row in rows if row.contestant in _OWN))
 
 

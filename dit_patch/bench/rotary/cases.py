@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from ...extras import version
 from ...sites.inner_functions import InnerFunctions
 from ...upstream import fastvideo_internals
-from ..surroundings import version
 
 _GRID = (3, 22, 40)  # latent frames, height and width of a Matrix-Game 2 block, in tokens
 

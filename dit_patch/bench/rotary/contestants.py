@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...extras import version
 from ...rotary import rotary, rotary_qk_
-from ..surroundings import version
 from .cases import Problem
 
 EAGER, COMPILE, OURS, IN_PLACE, FLASH, CLONE = (

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import DitPatchError, quote, suggest
+from ...handle import is_installed
 from ...pipelines import loading
 from ...spec.model import Spec
 from ...spec.registry import Registry
-from ..surroundings import choose, installed
+from ..surroundings import choose
 from . import forwards
 from .cases import CASES, Case
 
@@ -94,7 +95,7 @@ def _choose(
     """
     if not names:
         fit = [case for case in cases.values() if everything or not case.big]
-        return fit, [spec for spec in registry if forwards.has_rotary_sites(spec) and installed(spec)]
+        return fit, [spec for spec in registry if forwards.has_rotary_sites(spec) and is_installed(spec)]
     libraries_and_specs = {*registry.names(), *(name.partition("/")[0] for name in registry.names())}
     for name in names:
         if name not in libraries_and_specs.union(cases):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ...errors import StepCacheError
+from ...extras import version
 from ...handle import apply
 from ...outputs import replacing
 from ...pipelines import sampling
@@ -29,7 +30,7 @@ from ...step_cache import requirements
 from ...step_cache.config import StepCache
 from ...step_cache.model_step_cache import ModelStepCache
 from ...upstream import cache_dit_internals
-from ..surroundings import environment, version
+from ..surroundings import environment
 
 BASELINE, AGAIN = "baseline", "baseline again"
 

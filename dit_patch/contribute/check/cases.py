@@ -50,7 +50,7 @@ def minis(spec: Spec) -> list[Subject]:
     if spec.mini is None:
         raise SpecError(
             f"{spec.position('model')}: without a `mini` (a tiny configuration and its inputs) there is nothing to "
-            "try it on; docs/specs.md, has one"
+            "try it on; docs/specs.md has one"
         )
     names = (None, *spec.mini.variants)
     both = (torch.float32, torch.bfloat16)

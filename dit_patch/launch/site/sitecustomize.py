@@ -79,19 +79,21 @@ def _watch_imports(folder, classes):
 
 def _report_missing(folder, why):
     message = "dit_patch cannot be imported by %s, so nothing is patched there: %s" % (sys.executable, why)
-    path = os.path.join(folder, "unreachable-%s" % sys.executable.replace(os.sep, "_")) if folder else os.devnull
-    if not folder:
-        sys.stderr.write("dit_patch: %s\n    Install dit_patch there.\n" % message)
-    try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except OSError:  # another process has reported it
-        pass
-    else:
-        os.write(file, message.encode("utf-8", "replace"))
-        os.close(file)
+    if not folder or _is_first(folder, message):
         sys.stderr.write("dit_patch: %s\n    Install dit_patch there.\n" % message)
     if os.environ.get("DIT_PATCH_RUN_STRICT"):
         raise SystemExit(3)
+
+
+def _is_first(folder, message):
+    path = os.path.join(folder, "unreachable-%s" % sys.executable.replace(os.sep, "_"))
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except OSError:  # another process has reported it
+        return False
+    os.write(file, message.encode("utf-8", "replace"))
+    os.close(file)
+    return True
 
 
 _start()
