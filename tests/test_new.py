@@ -173,3 +173,19 @@ def test_guesses_go_by_names_and_by_how_the_forward_takes_the_latents_apart():
     inputs, unknown = guess.inputs(Shaped(**config), config)
     assert inputs["hidden_states"]["shape"] == [1, "f", "in_channels", "h", "w"]
     assert list(inputs) == ["hidden_states", "timestep", "encoder_hidden_states"] and unknown == ["wanted"]
+
+
+def test_a_file_that_new_wrote_is_gone_on_from_and_what_check_would_refuse_is_left_out(tmp_path, capsys):
+    lumina, file = PLACE.format("lumina2.Lumina2Transformer2DModel"), tmp_path / "lumina.yaml"
+    status, _, err = new(lumina, "--out", file, capsys=capsys)
+    assert status == 1 and f"--mini {file} --out {file} --force" in err
+    written = yaml.safe_load(file.read_text())
+    written["mini"]["config"] |= {"hidden_size": 48, "axes_dim_rope": [8, 8, 8]}
+    written["mini"]["sizes"] = [{"h": 8, "w": 8}, {"h": 8, "w": 12}, {"h": 4, "w": 8}]
+    written["mini"]["inputs"]["hidden_states"]["shape"] = [1, 16, "h", "w"]
+    file.write_text(yaml.safe_dump(written))
+    status, _, err = new(lumina, "--mini", file, "--out", file, "--force", capsys=capsys)
+    assert status == 0, err
+    assert "apply_rotary_emb: never hits: bypassed: a complex table" in file.read_text()
+    assert not any("rotary" in site.at for site in Registry().read(file).sites)
+    assert cli.main(["check", str(file)]) == 0, capsys.readouterr().out
