@@ -10,7 +10,9 @@ from collections import Counter
 import pytest
 import torch
 import toys
-from simulated_accelerator import (
+
+from dit_patch.contribute import verify
+from dit_patch.contribute.audit.accelerator import (
     DEVICE,
     NAME,
     SUPPORTED,
@@ -21,8 +23,6 @@ from simulated_accelerator import (
     to_accelerator,
     to_cpu,
 )
-
-from dit_patch.contribute import verify
 from dit_patch.handle import apply
 from dit_patch.memo import keys
 from dit_patch.memo.keys import same_bits

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from simulated_accelerator import SUPPORTED
+
+from dit_patch.contribute.audit.accelerator import SUPPORTED
 
 pytest.importorskip("fastvideo")
 pytestmark = [
@@ -31,7 +32,7 @@ counts = {}
 for row in ROWS:
     if row.spec.startswith("fastvideo/"):
         depth = row.deep if row.spec == "fastvideo/matrixgame2" else {}
-        both = deep(Row(row.name, row.spec, depth, {}, row.size, stage=row.stage))
+        both = deep(Row(row.name, row.spec, depth, {}, row.size))
         counts[row.spec] = [[len(each.uploads), len(each.syncs), len(each.downloads)] for each in both]
 print(json.dumps(counts))
 """

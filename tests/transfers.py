@@ -9,17 +9,15 @@ a forward at real size without its blocks, in which what crosses to the device a
 from __future__ import annotations
 
 import contextlib
-import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-from simulated_accelerator import DEVICE, Accelerator, Counts, to_accelerator
 
 import dit_patch
 from dit_patch.contribute import verify
+from dit_patch.contribute.audit.accelerator import DEVICE, Accelerator, Counts, to_accelerator
+from dit_patch.hosts.fastvideo import give_stage_caches
 from dit_patch.spec import mini
 from dit_patch.spec.recipe import Case
 from dit_patch.spec.registry import Registry
@@ -43,8 +41,6 @@ class Row:
     deep: Mapping[str, Any]
     real: Mapping[str, Any]
     size: Mapping[str, int]
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    stage: str | None = None
 
 
 ROWS = (
@@ -61,7 +57,6 @@ ROWS = (
         {"num_layers": 30},
         {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 0},
         {"blocks": 1, "f": 3, "h": 60, "w": 104},
-        stage="fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",
     ),
     Row(
         "FastVideo HunyuanVideo, 720p",
@@ -83,7 +78,6 @@ ROWS = (
         {"num_layers": 30},
         {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 0},
         {"blocks": 1, "f": 3, "h": 44, "w": 80, "per_call": 3},
-        stage="fastvideo.pipelines.stages.matrixgame2_denoising:MatrixGame2CausalDenoisingStage",
     ),
     Row(
         "FastVideo Matrix-Game 3",
@@ -135,12 +129,13 @@ def _both(row: Row, case: Case, size: Mapping[str, int], only: Any = None) -> tu
         found = []
         for patched in (False, True):
             model = to_accelerator(mini.build(spec, case))
-            pipeline = types.SimpleNamespace(modules={"transformer": model}, stages=_stages(row, model))
-            with dit_patch.apply(pipeline, only=only, max_bytes=4 << 30) if patched else contextlib.nullcontext():
+            pipeline = mini.pipeline(spec, model) if case.config.get("num_layers") else None
+            subject = pipeline or model
+            with dit_patch.apply(subject, only=only, max_bytes=4 << 30) if patched else contextlib.nullcontext():
                 # The third call is the first that takes every result as it was kept.
                 forwards = list(mini.forwards(case, size, steps=3, passes=("cond",), device=DEVICE))
-                if row.stage and case.config["num_layers"]:
-                    _give_caches_of(pipeline.stages[0], forwards, size)
+                if pipeline is not None:
+                    give_stage_caches(pipeline, forwards, size)
                 left = len(forwards)
 
                 def last(model=model, **arguments: Any) -> Any:
@@ -153,31 +148,6 @@ def _both(row: Row, case: Case, size: Mapping[str, int], only: Any = None) -> tu
                 verify.run(last, forwards)
                 found.append(accelerator.take())
     return found[0], found[1]
-
-
-def _stages(row: Row, model: torch.nn.Module) -> list[Any]:
-    if row.stage is None or not len(model.blocks):
-        return []
-    module, _, name = row.stage.partition(":")
-    return [vars(__import__(module, fromlist=[name]))[name](model, None)]
-
-
-def _give_caches_of(stage: Any, forwards: list[dict[str, Any]], size: Mapping[str, int]) -> None:
-    """The KV caches that the stage makes, in place of those of the rollout: one set for each pass."""
-    stage.frame_seq_length = size["h"] * size["w"] // 4
-    made: dict[int, dict[str, Any]] = {}
-    for arguments in forwards:
-        caches = made.get(id(arguments["kv_cache"]))
-        if caches is None:
-            new = stage._initialize_kv_cache(batch_size=1, dtype=torch.float32, device=torch.device(DEVICE))
-            caches = made[id(arguments["kv_cache"])] = {"kv_cache": mini.KVCaches(new)}
-            if hasattr(stage, "_initialize_action_kv_cache"):
-                mouse, keys = stage._initialize_action_kv_cache(
-                    batch_size=1, dtype=torch.float32, device=torch.device(DEVICE)
-                )
-                caches |= {"kv_cache_mouse": mini.KVCaches(mouse), "kv_cache_keyboard": mini.KVCaches(keys)}
-            made[id(caches["kv_cache"])] = caches
-        arguments.update(caches)
 
 
 def main() -> None:

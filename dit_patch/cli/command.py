@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "generate with a diffusers pipeline: prompt in, video or image out, patched or not",
     "demo": "generate with small real pipelines, unpatched and patched, and compare the frames",
     "check": "try a spec on its model, patched against unpatched, and say what is wrong with it",
+    "audit": "what a forward repeats, copies and waits for, at full size, without a GPU and without weights",
     "new": "write the beginning of a spec for a class of models",
     "doctor": "what this environment has, and what patching does with the models in it; for bug reports",
     "schema": "the JSON Schema of a spec, for your editor",

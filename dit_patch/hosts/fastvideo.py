@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,10 @@ from ..errors import SpecError, suggest
 from ..spec.mini import KVCaches, noise, seed_of
 
 _open_contexts = ExitStack()
+_STAGES = {
+    "CausalWanTransformer3DModel": "fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",
+    "CausalMatrixGame2WanModel": "fastvideo.pipelines.stages.matrixgame2_denoising:MatrixGame2CausalDenoisingStage",
+}
 _FLEX_USERS = ("causal_wanvideo", "matrixgame2.causal_model", "matrixgame2.action_module")
 
 
@@ -52,8 +57,7 @@ def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Mod
     Raises:
         SpecError: the architecture has no such field.
     """
-    config_class = typing.get_type_hints(cls.__init__)["config"]
-    arch_class = type(config_class().arch_config)
+    config_class, arch_class = _config_classes(cls)
     names = {field.name for field in fields(arch_class)}
     arch = arch_class(**{name: value for name, value in config.items() if name in names})
     for name in set(config) - names:
@@ -67,6 +71,54 @@ def build(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Mod
             center = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
             parameter.normal_(center, 0.05)
     return model
+
+
+def defaults(cls: type[torch.nn.Module]) -> dict[str, Any]:
+    """Return what the class's architecture holds where nothing is said."""
+    arch = _config_classes(cls)[1]()
+    return {field.name: getattr(arch, field.name) for field in fields(arch)}
+
+
+def _config_classes(cls: type[torch.nn.Module]) -> tuple[type, type]:
+    """Return the class of the model's configuration, and that of its architecture."""
+    config_class = typing.get_type_hints(cls.__init__)["config"]
+    return config_class, type(config_class().arch_config)
+
+
+def pipeline(model: torch.nn.Module) -> Any:
+    """Return what stands for the pipeline of a model whose stage makes its KV caches: the model and that stage.
+
+    Returns:
+        An object with `modules` and `stages`, as FastVideo's pipelines have; None for other models.
+    """
+    place = _STAGES.get(type(model).__name__)
+    if place is None:
+        return None
+    module, _, name = place.partition(":")
+    stage = getattr(import_module(module), name)(model, None)
+    return types.SimpleNamespace(modules={"transformer": model}, stages=[stage])
+
+
+def give_stage_caches(pipeline: Any, forwards: list[dict[str, Any]], size: Mapping[str, int]) -> None:
+    """Put the KV caches that the pipeline's stage makes into a rollout, in place of its own: one set for each pass."""
+    [stage] = pipeline.stages
+    stage.frame_seq_length = size["h"] * size["w"] // 4
+    made: dict[int, dict[str, Any]] = {}
+    for arguments in forwards:
+        caches = made.get(id(arguments["kv_cache"]))
+        if caches is None:
+            caches = made[id(arguments["kv_cache"])] = _stage_caches(stage, arguments["hidden_states"])
+            made[id(caches["kv_cache"])] = caches
+        arguments.update(caches)
+
+
+def _stage_caches(stage: Any, like: torch.Tensor) -> dict[str, Any]:
+    options = {"batch_size": 1, "dtype": like.dtype, "device": like.device}
+    caches = {"kv_cache": KVCaches(stage._initialize_kv_cache(**options))}
+    if hasattr(stage, "_initialize_action_kv_cache"):
+        mouse, keys = stage._initialize_action_kv_cache(**options)
+        caches |= {"kv_cache_mouse": KVCaches(mouse), "kv_cache_keyboard": KVCaches(keys)}
+    return caches
 
 
 def causal_wan(config: Mapping[str, Any], size: Mapping[str, int], **options: Any) -> Iterator[dict[str, Any]]:

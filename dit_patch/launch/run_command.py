@@ -41,14 +41,14 @@ def run_command(choice: Choice, command: Sequence[str], *, strict: bool = False)
     choice = _with_default(choice)
     if not choice.is_wanted:
         print("dit-patch run: --patch-model off: the command runs as it is", file=sys.stderr)
-        return _wait_for(command, _without_flags(os.environ))
+        return wait_for(command, _without_flags(os.environ))
     hint = "\n    If it begins the command, put -- before it: dit-patch run --patch-model -- COMMAND ..."
     classes = chosen_specs(choice, hint=hint, strict=strict)
     report = _report_file(choice.patch_report)
     folder = Path(tempfile.mkdtemp(prefix="dit-patch-run-"))
     try:
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes), "utf-8")
-        status = _wait_for(command, _environment(choice, folder, strict))
+        status = wait_for(command, _environment(choice, folder, strict))
         summary = Summary.from_folder(folder, command, status)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,7 +136,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         raise CommandError(f"no command {quote(name)} ({error.strerror}){python}", 127) from None
 
 
-def _wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the command to its end, and return its exit status as a shell gives it."""
     with _forwarded_signals() as forward_to:
         process = _start(command, environment)

@@ -81,7 +81,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """All its elements in order, as they are in memory once nothing is lazy any more."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    # Not `view(-1)`: of one element, it keeps any stride, and then cannot be viewed as bytes.
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def _identity(tensor: torch.Tensor) -> Hashable:

@@ -7,6 +7,7 @@ models need more than that (a process group, a forward context, KV caches) has a
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +47,15 @@ def make_model(spec: Spec, case: Case) -> torch.nn.Module:
     return cls(**case.config) if host is None else host.build(cls, case.config)
 
 
+def class_defaults(cls: type[torch.nn.Module], host: str | None) -> dict[str, Any]:
+    """Return what a class of models is built with where nothing is said: its host knows, or its constructor does."""
+    own = None if host is None else getattr(import_module(host), "defaults", None)
+    if own is not None:
+        return own(cls)
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
 def build(spec: Spec, case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """Build the spec's (first) model with the case's configuration and random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
@@ -61,6 +71,12 @@ def autocast(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Abst
     fastvideo = spec.mini is not None and spec.mini.host == "dit_patch.hosts.fastvideo"
     mixed = fastvideo and dtype is not torch.float32
     return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
+
+
+def pipeline(spec: Spec, model: torch.nn.Module) -> Any:
+    """Return what stands for the pipeline of a model part of whose state its stages make; None for other models."""
+    make = getattr(_host(spec), "pipeline", None)
+    return None if make is None else make(model)
 
 
 def forwards(

@@ -77,6 +77,11 @@ class Case(Declared):
         default={}, description="The arguments of the model's forward; null leaves one out."
     )
     whole: Flag = Field(default=False, description="In `bench`: small enough to measure whole forwards of, too.")
+    depth: Mapping[str, Any] = Field(
+        default={},
+        description="In `bench`: what the configuration of the whole model has instead, above all how many blocks; "
+        "`dit-patch audit` counts with these.",
+    )
     rollout: Function | None = Field(
         default=None,
         description="Instead of `inputs`, where forwards depend on each other (through a KV cache): a function that "
@@ -132,7 +137,12 @@ class Mini(Case):
 
 def merge(base: Case, over: Case) -> Case:
     """Return `base` with what `over` says instead, as a copy; `over` leaves out an input by giving it as None."""
-    parts = {"config": {**base.config, **over.config}, "sizes": over.sizes or base.sizes, "whole": over.whole}
+    parts = {
+        "config": {**base.config, **over.config},
+        "sizes": over.sizes or base.sizes,
+        "whole": over.whole,
+        "depth": over.depth,
+    }
     rollout = over.rollout or (None if over.inputs else base.rollout)
     if rollout:
         parts["rollout"] = rollout

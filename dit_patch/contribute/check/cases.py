@@ -122,6 +122,11 @@ def _read_config(path: Path, flag: str) -> dict[str, Any]:
     return {name: value for name, value in content.items() if not name.startswith("_")}
 
 
+def is_size(value: Any) -> bool:
+    """Return whether a value of a configuration is a number, or numbers, rather than a mode."""
+    return _mode(value) == "size"
+
+
 def _mode(value: Any) -> Any:
     """Return a value of a configuration without its size: "size" for numbers, else the value."""
     if isinstance(value, (list, tuple)):

@@ -87,13 +87,56 @@ def model_class(name: str) -> type[torch.nn.Module]:
     return cls
 
 
+def guessed_mini(cls: type[torch.nn.Module]) -> Mini:
+    """Return a mini for a class of models that was guessed from names, and runs.
+
+    Raises:
+        DitPatchError: what was guessed cannot be built or called; it says how to go on.
+    """
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    problem = ""
+    try:
+        recipe, unknown = _guess_mini(cls)
+        if unknown:
+            problem = f"nothing could be guessed for the forward's {', '.join(unknown)}"
+        for each in () if unknown else (recipe, *guess.other_latents(recipe)):
+            try:
+                own = Mini.model_validate(each)
+                case = own.case()
+                spec = Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own)
+                verify.run(mini.build(spec, case), list(mini.forwards(case, case.sizes[0], steps=1)))
+                return own
+            except Exception as error:  # of the model's own
+                problem = problem or _error_text(error)
+    except Exception as error:
+        problem = _error_text(error)
+    raise DitPatchError(
+        f"{quote(name)}: a small model was guessed, and does not run: {problem}\n"
+        f"    Say how to build and call it: dit-patch new {name} --out FILE begins a `mini`; mend it, then --mini FILE"
+    )
+
+
 def _guess_mini(cls: type[torch.nn.Module]) -> tuple[dict[str, Any], list[str]]:
     """Return a mini, and the forward's parameters that no input was guessed for."""
-    config = guess.config(cls)
-    with torch.device("meta"):
-        model = cls(**config)
-    inputs, unknown = guess.inputs(model, config)
-    return {"config": config, "sizes": guess.sizes(inputs, guess.latents_per_token(model)), "inputs": inputs}, unknown
+    host = _host(cls)
+    defaults = mini.class_defaults(cls, host)
+    config = guess.config(defaults)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    empty = {"config": config, "sizes": [{"f": 1}], "inputs": {"x": {"shape": ["f"]}}}
+    own = Mini.model_validate(empty if host is None else {"host": host, **empty})
+    with torch.device("meta" if host is None else "cpu"):
+        model = mini.make_model(Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own), own.case())
+    inputs, unknown = guess.inputs(model, config, defaults)
+    recipe = {"config": config, "sizes": guess.sizes(inputs, guess.latents_per_token(model)), "inputs": inputs}
+    return recipe if host is None else {"host": host, **recipe}, unknown
+
+
+def _host(cls: type[torch.nn.Module]) -> str | None:
+    """Return the host that the class's library needs, made ready."""
+    host = HOSTS.get(cls.__module__.partition(".")[0])
+    if host is not None:
+        import_module(host).prepare()
+    return host
 
 
 def _observe(made: Draft, name: str, own: Mini) -> None:
@@ -113,8 +156,8 @@ def _observe(made: Draft, name: str, own: Mini) -> None:
 
 def _empty_mini(cls: type[torch.nn.Module]) -> dict[str, Any]:
     inputs = {"hidden_states": {"shape": [1, "f"], "new": "step"}}
-    host = HOSTS.get(cls.__module__.partition(".")[0])
-    recipe = {"config": guess.config(cls), "sizes": [{"f": 1}], "inputs": inputs}
+    host = _host(cls)
+    recipe = {"config": guess.config(mini.class_defaults(cls, host)), "sizes": [{"f": 1}], "inputs": inputs}
     return recipe if host is None else {"host": host, **recipe}
 
 

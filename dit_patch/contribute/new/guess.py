@@ -31,9 +31,8 @@ _SMALL = (
 )
 
 
-def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
-    """Return small values for the parameters of the constructor that decide how large the model is."""
-    given = _defaults(cls)
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return small values for those defaults of a configuration that decide how large the model is."""
     small: dict[str, Any] = {}
     for name, default in given.items():
         if isinstance(default, bool) or not isinstance(default, int):
@@ -53,9 +52,17 @@ def config(cls: type[torch.nn.Module]) -> dict[str, Any]:
     return small
 
 
-def inputs(model: torch.nn.Module, settings: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return recipes for the arguments of the model's forward, and the names of those that have none."""
-    own = {**_defaults(type(model)), **settings}
+def inputs(
+    model: torch.nn.Module, settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return recipes for the arguments of the model's forward, and the names of those that have none.
+
+    Args:
+        model: of the class.
+        settings: what it is built with.
+        defaults: what the class is built with where nothing is said.
+    """
+    own = {**defaults, **settings}
     text = next((name for name in _TEXT if type(own.get(name)) is int), None)
     recipes = {
         "timestep": {"shape": [1], "fill": "timestep", "new": "step"},
@@ -151,10 +158,6 @@ def _is_on(name: str, own: Mapping[str, Any]) -> bool:
     """Return whether the configuration makes the forward use an optional argument."""
     switches = {"guidance": "guidance_embeds", "encoder_hidden_states_image": "image_dim"}
     return bool(own.get(switches[name])) if name in switches else not name.endswith("mask")
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    return {name: each.default for name, each in inspect.signature(cls.__init__).parameters.items()}
 
 
 def _shares(axes: int) -> list[int]:

@@ -24,6 +24,10 @@ def _start():
 
 
 def _watch():
+    audit = os.environ.get("DIT_PATCH_AUDIT")
+    if audit:
+        sys.meta_path.insert(0, _Watch(audit, None, {"torch"}))
+        return
     folder, classes = os.environ.get("DIT_PATCH_RUN", ""), os.environ.get("DIT_PATCH_CLASSES", "").split()
     if classes:  # of `run --print-env`: the folder may be one of another machine
         folder = _usable(folder)
@@ -70,11 +74,14 @@ class _Watch:
 
 def _watch_imports(folder, classes):
     try:
-        from dit_patch.launch import watch_imports
+        if classes is None:
+            from dit_patch.contribute.audit import watching
+        else:
+            from dit_patch.launch import watch_imports
     except Exception as error:
         _report_missing(folder, "%s: %s" % (type(error).__name__, error))
     else:
-        watch_imports.start(folder, classes)
+        watching.start(folder) if classes is None else watch_imports.start(folder, classes)
 
 
 def _report_missing(folder, why):

@@ -9,53 +9,36 @@ Numbers are those of the CPU kernels. What costs time on a real device is counte
 operations; what a real device refuses (tensors of two devices in one operation) is refused. Speed, streams, memory and
 the bits of other kernels are not simulated. Knows nothing of dit_patch but the tensor types that it takes for plain.
 
+With `largest=`, tensors of more numbers than that are shapes alone (they lie on torch's meta device), and so is what is
+computed from them: a model of any size takes no memory, and small tables and indices still have their numbers.
+
 Torch learns the device's name at the first use, for the rest of the process; everything else holds inside the `with`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_patch.memo.context import transparent_modes
-from dit_patch.memo.keys import PLAIN
+from ...errors import DitPatchError
+from ...memo.context import transparent_modes
+from ...memo.keys import PLAIN
+from . import transfers
+from .autocast import Autocast
+from .transfers import INDEXING, Copy, Sync, asking_line
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"
 SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # recent torch only
 
-_CPU = torch.device("cpu")
-_INTERNAL = (str(Path(torch.__file__).parent), __file__)
-# Those that return what the host reads, or a shape that depends on what the tensor holds.
-_SYNCS = {"_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "repeat_interleave"}
-_SYNCS |= {"_unique2", "unique_dim", "unique_consecutive"}
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 _COPYING = {"copy_", "_to_copy"}
-
-
-@dataclass(frozen=True)
-class Copy:
-    """One copy between host and device, and the line (`package/file.py:12`) that asked for it."""
-
-    to_device: bool
-    nbytes: int
-    line: str
-
-
-@dataclass(frozen=True)
-class Sync:
-    """One wait of the host for the device: which operation (or `tolist`), and the line that asked for it."""
-
-    operation: str
-    line: str
 
 
 @dataclass
@@ -85,12 +68,35 @@ class Counts:
         return f"{uploads}, {len(self.downloads)} back, {len(self.syncs)} syncs, {self.operations.total()} operations"
 
 
-class Accelerator(TorchDispatchMode):
-    """The device, while it is there. `copies`, `syncs` and `operations` are counted since `take` was last called."""
+class NoNumbersError(DitPatchError):
+    """The program reads the content of a tensor that has a shape alone."""
 
-    def __init__(self) -> None:
+
+class Observer(Protocol):
+    """What is told of everything that runs while an accelerator is active, on it and on the host."""
+
+    def operation(
+        self, operation: Any, args: tuple, kwargs: dict, result: Any, copies: list[Copy], syncs: list[Sync]
+    ) -> None:
+        """An operation has run, with these copies and syncs."""
+
+    def read(self, tensor: torch.Tensor, sync: Sync) -> None:
+        """The host has read the whole tensor."""
+
+
+class Accelerator(TorchDispatchMode):
+    """The device, while it is there. `copies`, `syncs` and `operations` are counted since `take` was last called.
+
+    Args:
+        largest: how many numbers a tensor may have; larger ones are shapes alone. None: all have their numbers.
+        observer: is told of every operation.
+    """
+
+    def __init__(self, largest: int | None = None, observer: Observer | None = None) -> None:
         super().__init__()
         self.counts = Counts()
+        self.largest, self.observer = largest, observer
+        self._forgotten: dict[int, torch.UntypedStorage] = {}  # written into from what has no numbers
 
     copies = property(lambda self: self.counts.copies)
     syncs = property(lambda self: self.counts.syncs)
@@ -119,10 +125,12 @@ class Accelerator(TorchDispatchMode):
         # An operation of the device's own, so that it is not taken apart into others, whose results have other strides.
         self._kernels = torch.library.Library("aten", "IMPL")
         self._kernels.impl("scaled_dot_product_attention", _never_reached, "PrivateUse1")
+        self._autocast = Autocast(NAME)
         return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
+        self._autocast.remove()
         self._kernels._destroy()
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         torch.__future__.set_swap_module_params_on_conversion(self._swaps)
@@ -131,47 +139,89 @@ class Accelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        copies, syncs = len(self.copies), len(self.syncs)
+        result = self._run(operation, args, kwargs)
+        if self.observer is not None:
+            self.observer.operation(operation, args, kwargs, result, self.copies[copies:], self.syncs[syncs:])
+        return result
+
+    def _run(self, operation: Any, args: tuple, kwargs: dict) -> Any:
         tensors = list(_tensors_in((*args, *kwargs.values())))
         ours = [tensor for tensor in tensors if type(tensor) is AcceleratorTensor]
         device = kwargs.get("device")
         on_device = bool(ours) if device is None else device.type == NAME
+        compute = operation if self.largest is None else self._in_shapes(operation)
         if not ours and not on_device:
-            return operation(*args, **kwargs)
+            return compute(*args, **kwargs)
         name = operation._schema.name.removeprefix("aten::")
         if ours and name not in _COPYING:
             _refuse_strangers(name, args, tensors)
         self._count(name, args, kwargs, on_device)
-        result = operation(*_map(_as_the_cpu_sees_it, args), **_map(_as_the_cpu_sees_it, kwargs))
+        result = compute(*_map(_as_the_cpu_sees_it, args), **_map(_as_the_cpu_sees_it, kwargs))
         if not on_device or (name == "copy_" and result is args[0]):
             return result
         written = {id(tensor.inner): tensor for tensor in ours}
         return _map(lambda value: _as_the_device_sees_it(value, written), result)
 
+    def _in_shapes(self, operation: Any) -> Callable[..., Any]:
+        """Return the operation for tensors of which some are shapes alone, and for results that are too large."""
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            tensors = list(_tensors_in((*args, *kwargs.values())))
+            known = [tensor for tensor in tensors if self._has_numbers(tensor)]
+            if len(known) < len(tensors) or self._makes_too_much(operation, args, kwargs):
+                return self._without_numbers(operation, args, kwargs, known)
+            return operation(*args, **kwargs)
+
+        return compute
+
+    def _has_numbers(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self._forgotten
+
+    def _makes_too_much(self, operation: Any, args: tuple, kwargs: dict) -> bool:
+        try:
+            result = operation(*_map(_as_meta_sees_it, args), **_meta_options(kwargs))
+        except Exception:  # what depends on the numbers has no shape to be known beforehand
+            return False
+        return any(tensor.numel() > self.largest for tensor in _tensors_in((result,)))
+
+    def _without_numbers(self, operation: Any, args: tuple, kwargs: dict, known: list[torch.Tensor]) -> Any:
+        name = operation._schema.name.removeprefix("aten::")
+        if name == "equal":
+            return all(tensor.shape == args[0].shape for tensor in args)
+        if name == "_local_scalar_dense":
+            raise NoNumbersError(_unknown(args[0]))
+        if name == "scaled_dot_product_attention" and args[0].dim() == 4:
+            return _attended(*args[:3])
+        if name in INDEXING and all(self._has_numbers(each) for each in _tensors_in(args[1])):
+            args = (args[0], [place for each in args[1] for place in _positions(each)], *args[2:])
+        try:
+            result = operation(*_map(_as_meta_sees_it, args), **_meta_options(kwargs))
+        except (NotImplementedError, RuntimeError) as error:
+            if name in transfers.SYNCS or name in INDEXING:
+                raise NoNumbersError(_unknown(args[0])) from error
+            raise
+        written = args[0] if operation._schema.is_mutable and args else None
+        if any(written is tensor for tensor in known):
+            storage = written.untyped_storage()
+            self._forgotten[storage._cdata] = storage
+            return written
+        return result
+
     def _count(self, name: str, args: tuple, kwargs: dict, on_device: bool) -> None:
         self.operations[name] += 1
-        if name == "_to_copy":
-            self._crossing(args[0], on_device)
-        elif name == "copy_":
-            self._crossing(args[1], type(args[0]) is AcceleratorTensor)
-        elif name in _INDEXING:
-            indices = [index for index in args[1] if index is not None]
-            for index in indices:
-                self._crossing(index, type(args[0]) is AcceleratorTensor)
-            # Filling with one value under a mask needs no list of positions.
-            if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and (
-                name == "index" or args[2].numel() != 1
-            ):
-                self.wait(f"{name} by a mask")
-        elif name in _SYNCS and kwargs.get("output_size") is None:
-            self.wait(name)
-
-    def _crossing(self, source: torch.Tensor, to_device: bool) -> None:
-        if (type(source) is AcceleratorTensor) != to_device:
-            self.copies.append(Copy(to_device, source.numel() * source.element_size(), _asking_line()))
+        self.copies.extend(transfers.copies(name, args, on_device))
+        self.syncs.extend(transfers.syncs(name, args, kwargs))
 
     def wait(self, operation: str) -> None:
         """Count a sync."""
-        self.syncs.append(Sync(operation, _asking_line()))
+        self.syncs.append(Sync(operation, asking_line()))
+
+    def read(self, tensor: AcceleratorTensor) -> None:
+        """Count the sync of reading a whole tensor."""
+        self.wait("tolist")
+        if self.observer is not None:
+            self.observer.read(tensor, self.syncs[-1])
 
 
 class AcceleratorTensor(torch.Tensor):
@@ -209,7 +259,9 @@ class AcceleratorTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         if _state.active is not None:
-            _state.active.wait("tolist")
+            _state.active.read(self)
+        if self.inner.device.type == "meta":
+            raise NoNumbersError(_unknown(self))
         return self.inner.tolist()
 
     def numpy(self, **options: Any):
@@ -269,7 +321,7 @@ def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
 def _refuse_strangers(name: str, args: tuple, tensors: list[torch.Tensor]) -> None:
     """Of CPU tensors, an operation on the device takes those of one number, and positions to index with."""
     strangers = [tensor for tensor in tensors if tensor.dim() and type(tensor) is not AcceleratorTensor]
-    if name in _INDEXING and type(args[0]) is AcceleratorTensor:
+    if name in INDEXING and type(args[0]) is AcceleratorTensor:
         strangers = [tensor for tensor in strangers if not any(tensor is index for index in args[1])]
     if strangers:
         found = ", ".join(f"{tensor.device} {tuple(tensor.shape)}" for tensor in tensors)
@@ -295,18 +347,34 @@ def _as_the_device_sees_it(value: Any, written: dict[int, AcceleratorTensor]) ->
     return tensor
 
 
-def _asking_line() -> str:
-    for frame in _frames():
-        if not frame.f_code.co_filename.startswith(_INTERNAL):
-            return f"{frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno}"
-    return "unknown"
+def _as_meta_sees_it(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if value.device.type == "meta" else value.to(_META)
+    return _META if isinstance(value, torch.device) else value
 
 
-def _frames() -> Iterator[Any]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _meta_options(kwargs: dict) -> dict:
+    """Return the keyword arguments for the same operation on the meta device, which has no random numbers."""
+    return {name: _map(_as_meta_sees_it, value) for name, value in kwargs.items() if name != "generator"}
+
+
+def _positions(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return what indexes the same places as a mask does, whose number the meta device cannot know."""
+    is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+    return index.nonzero(as_tuple=True) if is_mask else (index,)
+
+
+def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return the shape of attention's result, with the strides that flash attention gives: heads inside of tokens."""
+    batch, heads, tokens, _ = q.shape
+    return torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype, device=_META).transpose(1, 2)
+
+
+def _unknown(tensor: torch.Tensor) -> str:
+    return (
+        f"{asking_line()} reads the content of a tensor of shape {tuple(tensor.shape)}, which at full size has a shape "
+        "alone"
+    )
 
 
 transparent_modes.add(Accelerator)
