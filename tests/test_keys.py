@@ -341,6 +341,12 @@ def test_a_kept_content_is_a_copy_without_history():
     assert content == Content(torch.zeros(BIG)) != Content(tensor)
 
 
+def test_same_bits_of_one_number_with_any_stride():
+    for tensor in (torch.arange(6.0)[::2][:1], torch.arange(8.0).view(2, 4)[:, :1][1:], torch.arange(4.0)[2]):
+        assert same_bits(tensor, tensor.clone())
+        assert not same_bits(tensor, tensor + 1)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex128]
 )

@@ -11,6 +11,7 @@ from dit_patch.contribute.new import guess
 from dit_patch.contribute.new.draft import draft, model_class
 from dit_patch.contribute.new.write import spec_text
 from dit_patch.errors import DitPatchError
+from dit_patch.spec import mini
 from dit_patch.spec.loading import loads
 from dit_patch.spec.registry import Registry
 
@@ -162,7 +163,8 @@ class Shaped(torch.nn.Module):
 
 
 def test_guesses_go_by_names_and_by_how_the_forward_takes_the_latents_apart():
-    config = guess.config(Shaped)
+    defaults = mini.class_defaults(Shaped, None)
+    config = guess.config(defaults)
     assert config == {
         "num_layers": 2,
         "num_attention_heads": 2,
@@ -170,7 +172,7 @@ def test_guesses_go_by_names_and_by_how_the_forward_takes_the_latents_apart():
         "in_channels": 4,
         "width": 32,
     }
-    inputs, unknown = guess.inputs(Shaped(**config), config)
+    inputs, unknown = guess.inputs(Shaped(**config), config, defaults)
     assert inputs["hidden_states"]["shape"] == [1, "f", "in_channels", "h", "w"]
     assert list(inputs) == ["hidden_states", "timestep", "encoder_hidden_states"] and unknown == ["wanted"]
 

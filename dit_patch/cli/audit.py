@@ -29,9 +29,9 @@ examples:
   dit-patch audit -- python generate.py                            the models of a program, while it runs
   dit-patch audit --all diffusers --out table.md                   all models of a library, one row each
 
-Without a GPU and without weights. A small model runs with numbers, to see what depends on what; the model at full size runs
-in shapes alone, to count. Where there is a spec, both are counted: as the model is, and patched. Times are estimates from
-a device's peak figures. With a program, its own forwards are counted, on the device that it uses.
+Without a GPU and without weights. A small model runs with numbers, to see what depends on what; the model at full size
+runs in shapes alone, to count. Where there is a spec, both are counted: as the model is, and patched. Times are
+estimates from a device's peak figures. With a program, its own forwards are counted, on the device that it uses.
 
 The exit status is 1 where the model could not be run at full size.
 """

@@ -23,6 +23,8 @@ import torch
 from ..errors import SpecError, suggest
 from ..spec.mini import KVCaches, noise, seed_of
 
+RUNS_UNDER_AUTOCAST = True
+
 _open_contexts = ExitStack()
 _STAGES = {
     "CausalWanTransformer3DModel": "fastvideo.pipelines.stages.causal_denoising:CausalDMDDenosingStage",

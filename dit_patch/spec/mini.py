@@ -68,8 +68,7 @@ def autocast(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Abst
 
     FastVideo's stages pass on some arguments in float32, and rely on autocast where the model is in another dtype.
     """
-    fastvideo = spec.mini is not None and spec.mini.host == "dit_patch.hosts.fastvideo"
-    mixed = fastvideo and dtype is not torch.float32
+    mixed = getattr(_host(spec), "RUNS_UNDER_AUTOCAST", False) and dtype is not torch.float32
     return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
 
 

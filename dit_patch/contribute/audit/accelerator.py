@@ -18,7 +18,6 @@ Torch learns the device's name at the first use, for the rest of the process; ev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,18 +25,19 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...errors import DitPatchError
 from ...memo.context import transparent_modes
 from ...memo.keys import PLAIN
 from . import transfers
 from .autocast import Autocast
+from .operations import tensors_in
+from .shapes import Shapes, map_leaves, no_numbers
 from .transfers import INDEXING, Copy, Sync, asking_line
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"
 SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # recent torch only
 
-_CPU, _META = torch.device("cpu"), torch.device("meta")
+_CPU = torch.device("cpu")
 _COPYING = {"copy_", "_to_copy"}
 
 
@@ -68,10 +68,6 @@ class Counts:
         return f"{uploads}, {len(self.downloads)} back, {len(self.syncs)} syncs, {self.operations.total()} operations"
 
 
-class NoNumbersError(DitPatchError):
-    """The program reads the content of a tensor that has a shape alone."""
-
-
 class Observer(Protocol):
     """What is told of everything that runs while an accelerator is active, on it and on the host."""
 
@@ -95,8 +91,8 @@ class Accelerator(TorchDispatchMode):
     def __init__(self, largest: int | None = None, observer: Observer | None = None) -> None:
         super().__init__()
         self.counts = Counts()
-        self.largest, self.observer = largest, observer
-        self._forgotten: dict[int, torch.UntypedStorage] = {}  # written into from what has no numbers
+        self.shapes = None if largest is None else Shapes(largest)
+        self.observer = observer
 
     copies = property(lambda self: self.counts.copies)
     syncs = property(lambda self: self.counts.syncs)
@@ -146,67 +142,25 @@ class Accelerator(TorchDispatchMode):
         return result
 
     def _run(self, operation: Any, args: tuple, kwargs: dict) -> Any:
-        tensors = list(_tensors_in((*args, *kwargs.values())))
+        tensors = list(tensors_in((args, kwargs)))
         ours = [tensor for tensor in tensors if type(tensor) is AcceleratorTensor]
         device = kwargs.get("device")
         on_device = bool(ours) if device is None else device.type == NAME
-        compute = operation if self.largest is None else self._in_shapes(operation)
         if not ours and not on_device:
-            return compute(*args, **kwargs)
+            return self._compute(operation, args, kwargs)
         name = operation._schema.name.removeprefix("aten::")
         if ours and name not in _COPYING:
             _refuse_strangers(name, args, tensors)
         self._count(name, args, kwargs, on_device)
-        result = compute(*_map(_as_the_cpu_sees_it, args), **_map(_as_the_cpu_sees_it, kwargs))
+        seen = map_leaves(_as_the_cpu_sees_it, args), map_leaves(_as_the_cpu_sees_it, kwargs)
+        result = self._compute(operation, *seen)
         if not on_device or (name == "copy_" and result is args[0]):
             return result
         written = {id(tensor.inner): tensor for tensor in ours}
-        return _map(lambda value: _as_the_device_sees_it(value, written), result)
+        return map_leaves(lambda value: _as_the_device_sees_it(value, written), result)
 
-    def _in_shapes(self, operation: Any) -> Callable[..., Any]:
-        """Return the operation for tensors of which some are shapes alone, and for results that are too large."""
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            tensors = list(_tensors_in((*args, *kwargs.values())))
-            known = [tensor for tensor in tensors if self._has_numbers(tensor)]
-            if len(known) < len(tensors) or self._makes_too_much(operation, args, kwargs):
-                return self._without_numbers(operation, args, kwargs, known)
-            return operation(*args, **kwargs)
-
-        return compute
-
-    def _has_numbers(self, tensor: torch.Tensor) -> bool:
-        return tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self._forgotten
-
-    def _makes_too_much(self, operation: Any, args: tuple, kwargs: dict) -> bool:
-        try:
-            result = operation(*_map(_as_meta_sees_it, args), **_meta_options(kwargs))
-        except Exception:  # what depends on the numbers has no shape to be known beforehand
-            return False
-        return any(tensor.numel() > self.largest for tensor in _tensors_in((result,)))
-
-    def _without_numbers(self, operation: Any, args: tuple, kwargs: dict, known: list[torch.Tensor]) -> Any:
-        name = operation._schema.name.removeprefix("aten::")
-        if name == "equal":
-            return all(tensor.shape == args[0].shape for tensor in args)
-        if name == "_local_scalar_dense":
-            raise NoNumbersError(_unknown(args[0]))
-        if name == "scaled_dot_product_attention" and args[0].dim() == 4:
-            return _attended(*args[:3])
-        if name in INDEXING and all(self._has_numbers(each) for each in _tensors_in(args[1])):
-            args = (args[0], [place for each in args[1] for place in _positions(each)], *args[2:])
-        try:
-            result = operation(*_map(_as_meta_sees_it, args), **_meta_options(kwargs))
-        except (NotImplementedError, RuntimeError) as error:
-            if name in transfers.SYNCS or name in INDEXING:
-                raise NoNumbersError(_unknown(args[0])) from error
-            raise
-        written = args[0] if operation._schema.is_mutable and args else None
-        if any(written is tensor for tensor in known):
-            storage = written.untyped_storage()
-            self._forgotten[storage._cdata] = storage
-            return written
-        return result
+    def _compute(self, operation: Any, args: tuple, kwargs: dict) -> Any:
+        return operation(*args, **kwargs) if self.shapes is None else self.shapes.run(operation, args, kwargs)
 
     def _count(self, name: str, args: tuple, kwargs: dict, on_device: bool) -> None:
         self.operations[name] += 1
@@ -261,7 +215,7 @@ class AcceleratorTensor(torch.Tensor):
         if _state.active is not None:
             _state.active.read(self)
         if self.inner.device.type == "meta":
-            raise NoNumbersError(_unknown(self))
+            raise no_numbers(self)
         return self.inner.tolist()
 
     def numpy(self, **options: Any):
@@ -298,24 +252,7 @@ def _move(model: torch.nn.Module, device: str) -> torch.nn.Module:
 
 def numbers(value: Any) -> Any:
     """`value` with the numbers of its tensors on the device as CPU tensors; counts as nothing."""
-    return _map(lambda item: item.inner if type(item) is AcceleratorTensor else item, value)
-
-
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `function` applied to what its tuples, lists and dicts hold; torch's `tree_map` is slow."""
-    if isinstance(value, (tuple, list)):
-        return (list if isinstance(value, list) else tuple)([_map(function, item) for item in value])
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
-    return function(value)
-
-
-def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors_in(value)
+    return map_leaves(lambda item: item.inner if type(item) is AcceleratorTensor else item, value)
 
 
 def _refuse_strangers(name: str, args: tuple, tensors: list[torch.Tensor]) -> None:
@@ -345,36 +282,6 @@ def _as_the_device_sees_it(value: Any, written: dict[int, AcceleratorTensor]) ->
     if tensor.shape != value.shape or tensor.stride() != value.stride():
         raise NotImplementedError("a change of a tensor's shape in place is not simulated")
     return tensor
-
-
-def _as_meta_sees_it(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value if value.device.type == "meta" else value.to(_META)
-    return _META if isinstance(value, torch.device) else value
-
-
-def _meta_options(kwargs: dict) -> dict:
-    """Return the keyword arguments for the same operation on the meta device, which has no random numbers."""
-    return {name: _map(_as_meta_sees_it, value) for name, value in kwargs.items() if name != "generator"}
-
-
-def _positions(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Return what indexes the same places as a mask does, whose number the meta device cannot know."""
-    is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-    return index.nonzero(as_tuple=True) if is_mask else (index,)
-
-
-def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return the shape of attention's result, with the strides that flash attention gives: heads inside of tokens."""
-    batch, heads, tokens, _ = q.shape
-    return torch.empty((batch, tokens, heads, v.shape[-1]), dtype=q.dtype, device=_META).transpose(1, 2)
-
-
-def _unknown(tensor: torch.Tensor) -> str:
-    return (
-        f"{asking_line()} reads the content of a tensor of shape {tuple(tensor.shape)}, which at full size has a shape "
-        "alone"
-    )
 
 
 transparent_modes.add(Accelerator)
@@ -407,7 +314,7 @@ def _register() -> None:
             """Random numbers are the CPU's, and so is their state, which torch sets back itself."""
 
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
-            return [torch.bfloat16, torch.float16]
+            return [torch.bfloat16, torch.float16, torch.float32]
 
     class Hook(backend_registration._DummyPrivateUse1Hook):
         def is_available(self) -> bool:

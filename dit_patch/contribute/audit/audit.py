@@ -13,13 +13,13 @@ import torch
 from ...errors import DitPatchError
 from ...handle import Handle, Options, patch_models
 from ...hosts.fastvideo import give_stage_caches
-from ...sites import scope
 from ...spec import mini
 from ...spec.recipe import Case
-from .accelerator import DEVICE, SUPPORTED, Accelerator, NoNumbersError, to_accelerator
+from .accelerator import DEVICE, SUPPORTED, Accelerator, to_accelerator
 from .operations import Operation
 from .recorder import Recorder
 from .repeats import Key, Moment, Observation, Observed, Repeats, keys
+from .shapes import NoNumbersError
 from .subject import Subject
 
 LARGEST = 1 << 20
@@ -107,15 +107,8 @@ def audit(
     except Exception as error:  # the model's own
         raise DitPatchError(f"{subject.name}: the small model cannot be built or called: {_words(error)}") from error
     notes = list(subject.notes)
-    case, largest = subject.full, LARGEST
     say(f"{subject.name}: what it costs, at full size, in shapes ...")
-    try:
-        plain, weights, _ = _warm_forward(subject, case, observed, dtype, largest)
-    except Exception as error:  # the model's own, or of a size that it does not take
-        why = str(error) if isinstance(error, NoNumbersError) else _words(error)
-        notes.append(f"NOT of full size, but of the small model, whose shares say little: {why}")
-        case, largest = subject.toy, None
-        plain, weights, _ = _warm_forward(subject, case, observed, dtype, largest)
+    plain, weights, case, dtype, largest = _first_that_runs(subject, observed, dtype, notes)
     patched, said = None, {}
     if patch and subject.is_patchable:
         say(f"{subject.name}: the same, patched ...")
@@ -127,14 +120,39 @@ def audit(
     return Audit(subject, observed, plain, patched, weights, tuple(notes), said, largest is not None)
 
 
+def _first_that_runs(
+    subject: Subject, observed: Observed, dtype: torch.dtype, notes: list[str]
+) -> tuple[Forward, int, Case, torch.dtype, int | None]:
+    """Return the forwards of one step at full size, or else of the small model, and how it was run.
+
+    A model that does not run in the dtype is run in float32: some need an autocast that only their pipelines know.
+    """
+    dtypes = tuple(dict.fromkeys((dtype, torch.float32)))
+    problems: list[str] = []
+    for case, largest in ((subject.full, LARGEST), (subject.toy, None)):
+        for each in dtypes:
+            try:
+                plain, weights, _ = _warm_forward(subject, case, observed, each, largest)
+            except Exception as error:  # the model's own, or of a size that it does not take
+                problems.append(str(error) if isinstance(error, NoNumbersError) else _words(error))
+                continue
+            if largest is None:
+                last = problems[len(dtypes) - 1]
+                notes.append(f"NOT of full size, but of the small model, whose shares say little: {last}")
+            if each is not dtype:
+                name = str(dtype).removeprefix("torch.")
+                notes.append(f"in float32: in {name} it does not run: {problems[-1]}")
+            return plain, weights, case, each, largest
+    raise DitPatchError(f"{subject.name}: the model cannot be run: {problems[0]}")
+
+
 def observe(subject: Subject) -> Observed:
     """Run two generations of the small model, and return what repeats in them."""
     observation = Observation()
     case = subject.toy
     with Accelerator(observer=(hearer := _Hearer())), torch.no_grad():
         model = to_accelerator(mini.build(subject.spec, case))
-        changing = frozenset(scope.parameters(model)[:1]) if _renews_latents(case) else frozenset()
-        hearer.recorder = Recorder(model, digests=True, changing=changing)
+        hearer.recorder = Recorder(model, digests=True)
         for generation in range(_GENERATIONS):
             options = {"steps": _STEPS, "generation": generation, "device": DEVICE}
             for number, arguments in enumerate(mini.forwards(case, _quickest(case), **options)):
@@ -145,12 +163,6 @@ def observe(subject: Subject) -> Observed:
                 observation.end(hearer.recorder.end())
     renewed = {name: recipe.new for name, recipe in case.inputs.items() if not recipe.is_value}
     return observation.observed(renewed)
-
-
-def _renews_latents(case: Case) -> bool:
-    """Return whether the first argument is another one at each step, so that what depends on it need not be compared."""
-    first = next(iter(case.inputs.values()), None)
-    return first is None or first.new in ("step", "call")
 
 
 def _quickest(case: Case) -> Mapping[str, int]:
@@ -190,18 +202,16 @@ def _warm_forward(
         stack.enter_context(mini.autocast(subject.spec, dtype, DEVICE))
         forwards = list(mini.forwards(case, case.sizes[0], steps=_WARM_STEPS, dtype=dtype, device=DEVICE))
         pipeline = mini.pipeline(subject.spec, model)
+        handle = stack.enter_context(_patched(model, pipeline, subject, options))
         if pipeline is not None:
             give_stage_caches(pipeline, forwards, case.sizes[0])
-        handle = stack.enter_context(_patched(model, pipeline, subject, options))
         hearer.recorder = recorder = Recorder(model)
         costs: list[Cost] = []
         for number, arguments in enumerate(forwards):
-            recorder.begin(arguments)
-            model(**arguments)
-            operations = recorder.end()
             last = number - (len(forwards) - passes)
-            if last >= 0:
-                costs += joined(operations, observed, is_first_pass=not last)
+            recorder.begin(arguments, keep=last >= 0)
+            model(**arguments)
+            costs += joined(recorder.end(), observed, is_first_pass=not last)
         said = left_over(handle)
         weights = sum(each.numel() for each in model.parameters())
     return Forward(costs, passes, recorder.peak_nbytes), weights, said

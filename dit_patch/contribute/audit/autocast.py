@@ -1,4 +1,4 @@
-"""Autocast on the simulated accelerator, as CUDA has it: products in the lower precision, sums and exponents in float32.
+"""Autocast on the simulated accelerator, as CUDA has it: products in the lower precision, sums in float32.
 
 The two lists are those of PyTorch's "CUDA Ops that can autocast", as far as transformers use them:
 https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
@@ -44,11 +44,20 @@ class Autocast:
                 if operation is not None:  # an older torch may lack it
                     self._rules.impl(name, _in_dtype(operation, dtype), _KEY)
 
+        # Models say `autocast("cuda")` in their own code, and mean the device that they are on.
+        self._init = original = torch.autocast.__init__
+
+        def init(self: Any, device_type: str, *args: Any, **options: Any) -> None:
+            original(self, device if device_type == "cuda" else device_type, *args, **options)
+
+        torch.autocast.__init__ = init
+
     def __repr__(self) -> str:
         return "<Autocast of the simulated accelerator>"
 
     def remove(self) -> None:
         """Take the rules away."""
+        torch.autocast.__init__ = self._init
         self._rules._destroy()
         self._fallback._destroy()
 

@@ -48,13 +48,13 @@ class Device:
         if not operation.is_kernel:
             return crossing
         if not operation.on_device:
-            return crossing + max(KERNEL_US * 1e-3, operation.nbytes / HOST_GB_PER_S * 1e-6)
-        arithmetic = operation.flops / self._peak(operation) * 1e-9
-        return crossing + max(KERNEL_US * 1e-3, arithmetic, operation.nbytes / self.memory * 1e-6)
+            return crossing + max(KERNEL_US * 1e-3, operation.work.nbytes / HOST_GB_PER_S * 1e-6)
+        arithmetic = operation.work.flops / self._peak(operation) * 1e-9
+        return crossing + max(KERNEL_US * 1e-3, arithmetic, operation.work.nbytes / self.memory * 1e-6)
 
     def _peak(self, operation: Operation) -> float:
-        name = str(operation.dtype).removeprefix("torch.")
-        if operation.is_product:
+        name = str(operation.work.dtype).removeprefix("torch.")
+        if operation.work.is_product:
             return self.matrix.get(name, self.matrix["float32"])
         return self.vector.get(name, self.vector["float32"])
 
@@ -75,6 +75,6 @@ def device(name: str) -> Device:
     """
     found = next((each for known, each in DEVICES.items() if known.lower() == name.lower()), None)
     if found is None:
-        near = suggest(name, DEVICES)
+        near = suggest(name, DEVICES) or "."
         raise DitPatchError(f"--device: no peak figures for {quote(name)}{near} Known: {', '.join(DEVICES)}.")
     return found

@@ -19,6 +19,23 @@ _READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 _ATTENTION = "scaled_dot_product_attention"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What an operation does.
+
+    Attributes:
+        flops: floating point operations: two for each multiply-add; one for each number of other results.
+        nbytes: what it reads and writes.
+        dtype: what it computes in.
+        is_product: it is one for matrix units: a product, a convolution, attention.
+    """
+
+    flops: int
+    nbytes: int
+    dtype: torch.dtype
+    is_product: bool = False
+
+
 @dataclass
 class Operation:
     """One operation of a forward that did some work; views and bare allocations are none.
@@ -29,15 +46,12 @@ class Operation:
         line: of the program, `package/file.py:12`.
         on_device: it ran on the device, not on the host.
         is_kernel: it computes; others only copy, or have the host wait.
-        flops: floating point operations: two for each multiply-add; one for each number of other results.
-        nbytes: what it reads and writes.
-        dtype: what it computes in.
+        work: what it does.
         causes: the arguments of the model that its inputs depend on.
         reads: the arguments that anything depends on that the host had read before in this forward.
         copies: between host and device.
         syncs: waits of the host for the device.
         digest: of its result; None where it was not asked for.
-        is_product: it is one for matrix units: a product, a convolution, attention.
     """
 
     name: str
@@ -45,15 +59,12 @@ class Operation:
     line: str
     on_device: bool
     is_kernel: bool
-    flops: int
-    nbytes: int
-    dtype: torch.dtype
+    work: Work
     causes: frozenset[str]
     reads: frozenset[str]
     copies: list[Copy] = field(default_factory=list)
     syncs: list[Sync] = field(default_factory=list)
     digest: int | None = None
-    is_product: bool = False
 
 
 def is_product(operation: Any) -> bool:

@@ -21,7 +21,7 @@ from ...memo.keys import flat
 from ...memo.results import flatten, look_into
 from . import operations
 from .accelerator import AcceleratorTensor
-from .operations import Operation, tensors_in
+from .operations import Operation, Work, tensors_in
 from .transfers import Copy, Sync, is_on_device
 
 _TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parents[2])
@@ -55,8 +55,8 @@ class Recorder:
     def __repr__(self) -> str:
         return f"<Recorder: {len(self.operations)} operations>"
 
-    def begin(self, arguments: Mapping[str, Any]) -> None:
-        """Begin a forward with these arguments."""
+    def begin(self, arguments: Mapping[str, Any], *, keep: bool = True) -> None:
+        """Begin a forward with these arguments, of which operations are kept, or only what they depend on."""
         self.operations, self._reads, self.peak_nbytes = [], set(), self._held
         for name, value in arguments.items():
             tensors = list(leaves_of(value))
@@ -64,7 +64,7 @@ class Recorder:
                 self._causes[self._follow(tensor)] = frozenset((name,))
             if not tensors:
                 self._reads.add(name)
-        self._is_recording = True
+        self._is_recording = keep
 
     def end(self) -> list[Operation]:
         """End the forward, and return its operations."""
@@ -100,8 +100,9 @@ class Recorder:
             module, line = self._place()
             nbytes = tensor.numel() * tensor.element_size()
             copy = Copy(False, nbytes, line)
-            entry = Operation("tolist", module, line, True, False, 0, nbytes, tensor.dtype, causes, _NOTHING)
+            entry = Operation("tolist", module, line, True, False, Work(0, nbytes, tensor.dtype), causes, _NOTHING)
             entry.copies, entry.syncs = [copy], [sync]
+            entry.digest = _digest(tensor) if self._digests and not causes & self._changing else None
             self.operations.append(entry)
 
     def _entry(
@@ -129,15 +130,17 @@ class Recorder:
             line=line,
             on_device=any(is_on_device(each) for each in (*tensors_in(result), *tensors_in((args, kwargs)))),
             is_kernel=is_kernel,
-            flops=operations.flops(operation, args, kwargs, result) if is_kernel else 0,
-            nbytes=operations.traffic(args, kwargs, result, is_filling=is_filling),
-            dtype=operations.dtype_of(args, kwargs, result),
+            work=Work(
+                flops=operations.flops(operation, args, kwargs, result) if is_kernel else 0,
+                nbytes=operations.traffic(args, kwargs, result, is_filling=is_filling),
+                dtype=operations.dtype_of(args, kwargs, result),
+                is_product=operations.is_product(operation),
+            ),
             causes=causes,
             reads=frozenset(self._reads),
             copies=copies,
             syncs=syncs,
             digest=digest,
-            is_product=operations.is_product(operation),
         )
 
     def _follow(self, tensor: torch.Tensor) -> int:

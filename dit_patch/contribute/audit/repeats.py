@@ -77,15 +77,17 @@ _RENEWED = {
 
 
 class Key(NamedTuple):
-    """What an operation is known by in models of one class, whatever their depth and size."""
+    """What an operation is known by in models of one class, whatever their size."""
 
-    module: str  # with * for numbers
+    module: str
     line: str
     name: str
     ordinal: int  # of those with the same three in one module
 
-    def __str__(self) -> str:
-        return f"{self.module or 'model'} {self.name} at {self.line}"
+    @property
+    def general(self) -> Key:
+        """The same in any block, whatever the depth: with * for numbers in the module's path."""
+        return self._replace(module=pattern(self.module))
 
 
 def keys(operations: Iterable[Operation]) -> list[Key]:
@@ -94,7 +96,7 @@ def keys(operations: Iterable[Operation]) -> list[Key]:
     found = []
     for each in operations:
         own = each.module, each.line, each.name
-        found.append(Key(pattern(each.module), each.line, each.name, seen[own]))
+        found.append(Key(*own, seen[own]))
         seen[own] += 1
     return found
 
@@ -126,15 +128,18 @@ class Observed:
         It is known to repeat as often as all that it is computed from, and no more often than it was seen to; what the
         host had read before counts as well. An operation that the small model does not have is not seen to.
         """
+        # The small model has fewer blocks: for others than it has, all of its blocks speak.
+        key = key if key in self.results else key.general
         seen = self.results.get(key, NEVER)
-        if not any(each.generation for each in self.moments) and not operation.causes:
-            seen = replace(seen, generations=seen.steps)  # nothing says that another generation would differ
         # What was kept before it was recorded has no past: a patched forward hands out such results.
         for name in operation.causes | self.causes.get(key, frozenset()):
             seen = seen.least(self.arguments.get(name, NEVER))
         known = seen
         for name in operation.reads:
             known = known.least(self.arguments.get(name, NEVER))
+        if not any(each.generation for each in self.moments) and not operation.causes:
+            # There was one generation, and nothing says that another would differ.
+            known, seen = replace(known, generations=known.steps), replace(seen, generations=seen.steps)
         return known, seen
 
 
@@ -144,7 +149,7 @@ class Observation:
     def __init__(self) -> None:
         self.moments: list[Moment] = []
         self._arguments: dict[str, dict[Moment, int]] = defaultdict(dict)
-        self._results: dict[tuple[str, Key], dict[Moment, Hashable]] = defaultdict(dict)
+        self._results: dict[Key, dict[Moment, Hashable]] = defaultdict(dict)
         self._causes: dict[Key, frozenset[str]] = defaultdict(frozenset)
 
     def __repr__(self) -> str:
@@ -164,21 +169,24 @@ class Observation:
         """End the forward, in which these operations ran."""
         moment = self.moments[-1]
         for each, key in zip(operations, keys(operations), strict=True):
-            self._results[each.module, key][moment] = each.digest
-            self._causes[key] |= each.causes
+            self._results[key][moment] = each.digest
+            for own in (key, key.general):
+                self._causes[own] |= each.causes
 
     def observed(self, renewed: Mapping[str, str] | None = None) -> Observed:
-        """Return what came of it; of operations of the same key in several modules, the one that repeats least.
+        """Return what came of it; of an operation in all blocks, that of the one in which it repeats least.
 
         Args:
-            renewed: how often pipelines make an argument anew, whatever is in it here: each "generation", "pass", "step"
-                or "call".
+            renewed: how often pipelines make an argument anew, whatever is in it here: each "generation", "pass",
+                "step" or "call".
         """
         results: dict[Key, Repeats] = {}
-        for (_, key), digests in self._results.items():
+        for key, digests in self._results.items():
             known = {moment: digest for moment, digest in digests.items() if digest is not None}
-            found = repeats(known) if known else NEVER
-            results[key] = results[key].least(found) if key in results else found
+            found = results[key] = repeats(known) if known else NEVER
+            general = key.general
+            if general != key:
+                results[general] = results[general].least(found) if general in results else found
         arguments = {
             name: repeats(contents).least(_RENEWED.get((renewed or {}).get(name, ""), ALWAYS))
             for name, contents in self._arguments.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +89,7 @@ def from_spec(
     else:
         full = grow(toy, mini.class_defaults(mini.model_class(spec), spec.mini.host), notes)
         notes.append("full size: the defaults of the class; sizes and text tokens are guessed")
-    full = merge(full, Case(config=config or {}, sizes=(_sizes(full, size or {}),)))
+    full = merge(full, Case(config=config or {}, sizes=(_sizes(full, toy, size or {}),)))
     return Subject(name or spec.name, spec, toy, full, tuple(notes))
 
 
@@ -112,11 +113,9 @@ def grow(toy: Case, defaults: Mapping[str, Any], notes: list[str], given: Mappin
     config |= given or {}
     names = toy.sizes[0]
     sizes = {**names, **{name: value for name, value in (_VIDEO if "f" in names else _IMAGE).items() if name in names}}
-    if toy.rollout:
-        sizes |= {name: names[name] for name in ("f",) if name in names}
-    if "tokens" in names:
-        before, after = (each.get("f", 1) * each.get("h", 1) * each.get("w", 1) for each in (names, sizes))
-        sizes["tokens"] = max(1, names["tokens"] * after // before)
+    if "blocks" in names:  # of a rollout, of which one is enough; they have the model's own number of frames
+        sizes |= {"blocks": 1, **{name: names[name] for name in ("f",) if name in names}}
+    sizes = _with_derived(toy, sizes)
     text = _text_tokens(toy)
     large = {**defaults, **config}
     inputs = {name: _grown(name, recipe, toy.config, large, text) for name, recipe in toy.inputs.items()}
@@ -138,7 +137,7 @@ def _grown(name: str, recipe: Input, small: Mapping[str, Any], large: Mapping[st
         is_last = place == len(recipe.shape) - 1
         if not isinstance(each, int) or place == 0 and len(recipe.shape) > 1 and each == 1:
             shape.append(each)
-        elif is_text and each == text and (not is_last or "mask" in name):
+        elif is_text and each == text and (not is_last or "mask" in name or len(recipe.shape) == 1):
             shape.append(TEXT_TOKENS)
         else:
             shape.append(_width(name, each, small, large))
@@ -167,14 +166,23 @@ def _text_tokens(case: Case) -> int | None:
     return None
 
 
-def _sizes(case: Case, given: Mapping[str, int]) -> dict[str, int]:
-    names = case.sizes[0]
+def _sizes(full: Case, toy: Case, given: Mapping[str, int]) -> dict[str, int]:
+    names = full.sizes[0]
     for name in given:
         if name not in names:
             known = ", ".join(names)
             raise DitPatchError(f"--size: no size {quote(name)}{suggest(name, names)}. This model has: {known}.")
-    sizes = {**names, **given}
-    if "tokens" in sizes and "tokens" not in given and given:
-        before, after = (each.get("f", 1) * each.get("h", 1) * each.get("w", 1) for each in (names, sizes))
-        sizes["tokens"] = max(1, names["tokens"] * after // before)
-    return sizes
+    return _with_derived(toy, {**names, **given}, given) if given else dict(names)
+
+
+def _with_derived(case: Case, sizes: Mapping[str, int], given: Iterable[str] = ()) -> dict[str, int]:
+    """Return sizes with those made to fit that go by f, h and w, as a number of tokens does in the case's own sizes."""
+    found = dict(sizes)
+    for name in set(sizes) - {"f", "h", "w", "blocks", *given}:
+        for axes in ("fhw", "hw", "h", "w", "f"):
+            volumes = [math.prod(each.get(axis, 1) for axis in axes) for each in case.sizes]
+            ratios = {volume / each[name] for volume, each in zip(volumes, case.sizes, strict=True) if name in each}
+            if len(ratios) == 1 and set(axes) <= set(sizes):
+                found[name] = max(1, round(math.prod(sizes[axis] for axis in axes) / ratios.pop()))
+                break
+    return found

@@ -57,8 +57,8 @@ class Amount:
         """Add a share of an operation."""
         operation = cost.operation
         uploads = [each for each in operation.copies if each.to_device]
-        self.flops += share * operation.flops
-        self.nbytes += share * operation.nbytes
+        self.flops += share * operation.work.flops
+        self.nbytes += share * operation.work.nbytes
         self.kernels += share * operation.is_kernel
         self.copies += share * len(uploads)
         self.copied += share * sum(each.nbytes for each in uploads)
@@ -124,6 +124,7 @@ class Summary:
         total: of everything.
         by_category: of what each category has.
         repeats: of what is proved to repeat, over the steps or the passes of a generation, by how often it does.
+        perhaps: of what was seen to, and is not proved to.
         steps, passes, generations: of what repeats over these.
         rows: the one that takes longest first.
         peak_nbytes: the most that was on the device at once.
@@ -132,6 +133,7 @@ class Summary:
     total: Amount
     by_category: dict[Category, Amount]
     repeats: Amount
+    perhaps: Amount
     steps: Amount
     passes: Amount
     generations: Amount
@@ -152,6 +154,7 @@ class Summary:
             "total": self.total.as_dict(),
             "by_category": {each.name.lower(): amount.as_dict() for each, amount in self.by_category.items()},
             "repeats": self.repeats.as_dict(),
+            "perhaps": self.perhaps.as_dict(),
             "repeats_over_steps": self.steps.as_dict(),
             "repeats_over_passes": self.passes.as_dict(),
             "repeats_over_generations": self.generations.as_dict(),
@@ -162,7 +165,7 @@ class Summary:
 
 def summary(forward: Forward, device: Device) -> Summary:
     """Return the sums of one forward, the mean of those of a step, with times estimated for a device."""
-    total, repeats, steps, passes, generations = (Amount() for _ in range(5))
+    total, repeats, perhaps, steps, passes, generations = (Amount() for _ in range(6))
     by_category: dict[Category, Amount] = defaultdict(Amount)
     rows: dict[tuple, Row] = {}
     each_time = 1 / forward.passes
@@ -171,7 +174,9 @@ def summary(forward: Forward, device: Device) -> Summary:
         category = Category.of(cost)
         total.add(cost, took, each_time)
         by_category[category].add(cost, took, each_time)
-        repeats.add(cost, took, each_time * max(cost.known.steps, cost.known.passes))
+        best = max(cost.known.steps, cost.known.passes)
+        repeats.add(cost, took, each_time * best)
+        perhaps.add(cost, took, each_time * max(0.0, max(cost.seen.steps, cost.seen.passes) - best))
         steps.add(cost, took, each_time * cost.known.steps)
         passes.add(cost, took, each_time * cost.known.passes)
         generations.add(cost, took, each_time * cost.known.generations)
@@ -186,7 +191,7 @@ def summary(forward: Forward, device: Device) -> Summary:
         row.operations = _united(row.operations, [cost.operation.name])
     ordered = sorted(rows.values(), key=lambda row: -row.amount.milliseconds)
     ranked = {each: by_category[each] for each in Category if each in by_category}
-    return Summary(total, ranked, repeats, steps, passes, generations, ordered, forward.peak_nbytes)
+    return Summary(total, ranked, repeats, perhaps, steps, passes, generations, ordered, forward.peak_nbytes)
 
 
 def stage(module: str) -> str:

@@ -132,7 +132,7 @@ def _reason(text: str) -> str:
     """Return the first line of the command's message, which is its last."""
     lines = [line for line in text.splitlines() if line.startswith("dit-patch: ")]
     message = lines[-1] if lines else (text.strip().splitlines() or ["no output"])[-1]
-    message = re.sub(r"^dit-patch: \w+: (`[^`]*`|[^:]*): ", "", message)
+    message = re.sub(r"^dit-patch: \w+: (`[^`]*`|[^:]*): (a small model was guessed, and does not run: )?", "", message)
     return message.replace("|", "\\|")[:160]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def subject(registry: Registry, name: str, own: Mini | None = None, **options: A
         return from_spec(registry.read(name), **options)
     if "/" in name or name in registry.names():
         return from_spec(registry.get(name), **options)
-    cls = model_class(name)
-    return _of_class(registry, cls, own, options)
+    if own is not None and own.host is not None:
+        import_module(own.host).prepare()
+    return _of_class(registry, model_class(name), own, options)
 
 
 def folder_subject(registry: Registry, folder: Path, own: Mini | None = None, **options: Any) -> Subject:
-    """Return the subject for the folder of a saved model or pipeline of diffusers, of which only configurations are read.
+    """Return the subject for the folder of a saved model or pipeline of diffusers, of which no weights are read.
 
     Raises:
         DitPatchError: the folder has no model of diffusers.

@@ -34,19 +34,20 @@ def _lines(audit: Audit, device: Device, rows: int) -> Iterator[str]:
     if len(found) > rows:
         yield f"  ... and {len(found) - rows} more lines"
     crossing = [row for row in left.rows if row.amount.copies or row.amount.downloads or row.amount.syncs]
-    crossing = [row for row in crossing if row not in found[:rows]]
+    crossing = [row for row in crossing if row not in found[:rows] and row.category is not Category.PERHAPS]
     if crossing:
         yield ""
         yield "other copies to the device and waits for it"
         yield from _rows(crossing[:rows], left.total)
-    perhaps = left.by_category.get(Category.PERHAPS)
-    if perhaps is not None:
-        names = sorted({name for row in left.rows if row.category is Category.PERHAPS for name in row.reads})
+    perhaps = [row for row in left.rows if row.category is Category.PERHAPS]
+    if perhaps:
+        names = sorted({name for row in perhaps for name in row.reads})
         yield ""
-        yield (
-            f"{perhaps.kernels:,.0f} more kernels gave the same in all that was tried. It is not proved that they "
-            f"always do: the host had {', '.join(names) or 'something'} before."
-        )
+        yield "what gave the same in all that was tried; not proved, since the host had read numbers before: of"
+        yield f"{', '.join(names) or 'something'}"
+        yield from _rows(perhaps[:rows], left.total)
+        if len(perhaps) > rows:
+            yield f"  ... and {len(perhaps) - rows} more lines"
     if audit.left_over:
         yield ""
         yield "what the sites of the spec say"
@@ -90,14 +91,15 @@ def share(part: float, whole: float) -> str:
 
 def figure_table(plain: Summary, patched: Summary | None) -> list[list[str]]:
     """Return the head and the rows of a table: each figure in all, the share that repeats, and the figure patched."""
-    rows = [["", "in all", "over steps", "over passes", "generations", *(["patched"] if patched else [])]]
+    rows = [["", "in all", "over steps", "over passes", "generations", "not proved", *(["patched"] if patched else [])]]
     for words, name, unit in FIGURES:
         whole = getattr(plain.total, name)
         repeats = [share(getattr(each, name), whole) for each in (plain.steps, plain.passes, plain.generations)]
+        repeats.append(share(getattr(plain.perhaps, name), whole))
         after = [figure(getattr(patched.total, name) / unit)] if patched else []
         rows.append([words, figure(whole / unit), *repeats, *after])
     after = [figure(patched.peak_nbytes / 1e9)] if patched else []
-    return [*rows, ["GB held at most", figure(plain.peak_nbytes / 1e9), "", "", "", *after]]
+    return [*rows, ["GB held at most", figure(plain.peak_nbytes / 1e9), *[""] * 4, *after]]
 
 
 _MARKS = {

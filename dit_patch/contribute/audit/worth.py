@@ -1,4 +1,4 @@
-"""The draft of a spec that `dit-patch new` makes, with the sites that are worth most first, and those worth nothing out."""
+"""The draft of a spec that `dit-patch new` makes, without the sites that are worth nothing, the best first."""
 
 from __future__ import annotations
 

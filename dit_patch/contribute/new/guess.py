@@ -30,11 +30,16 @@ _SMALL = (
     (r"(ffn|mlp|ff|inner|model|time|hidden).*dim$", 32, 32),
 )
 
+_NEEDED = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "num_layers": 2}
+"""Small values for parameters that some models cannot do without, although their default is None."""
+
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return small values for those defaults of a configuration that decide how large the model is."""
     small: dict[str, Any] = {}
     for name, default in given.items():
+        if default is None and name in _NEEDED:
+            small[name] = _NEEDED[name]
         if isinstance(default, bool) or not isinstance(default, int):
             continue
         size = next((size for pattern, above, size in _SMALL if re.search(pattern, name) and default > above), None)
@@ -66,6 +71,11 @@ def inputs(
     text = next((name for name in _TEXT if type(own.get(name)) is int), None)
     recipes = {
         "timestep": {"shape": [1], "fill": "timestep", "new": "step"},
+        "r_timestep": {"shape": [1], "fill": "timestep", "new": "step"},
+        "timestep_r": {"shape": [1], "fill": "timestep", "new": "step"},
+        "original_size": {"shape": [1, 2], "fill": 64},
+        "target_size": {"shape": [1, 2], "fill": 64},
+        "crop_coords": {"shape": [1, 2], "fill": "zeros"},
         "encoder_hidden_states": {"shape": [1, TEXT_TOKENS, _size(text, settings, own)], "new": "pass"},
         "encoder_attention_mask": _mask(),
         "encoder_hidden_states_mask": _mask(),
