@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -64,10 +64,7 @@ class LiveAudit:
             "plain": forward,
             "patched": None if patched is None else patched[0],
             "weights": self._weights,
-            "notes": [
-                f"{len(self._plain.forwards)} forwards of the program, on {self._plain.device}: {names}",
-                *self._notes,
-            ],
+            "notes": [*self._plain.notes(names), *self._notes],
             "left_over": self._left_over,
         }
 
@@ -116,10 +113,18 @@ class _Recording:
         self._recorder = Recorder(model, digests=True, changing=frozenset(names[:1]))
         self._mode: _Mode | None = None
         self._contents: dict[str, int] = {}
+        self.failures: Counter[str] = Counter()  # of reading an operation, which runs all the same
         self._first: tuple[int | None] | None = None  # the content of the first timestep that was seen
 
     def __repr__(self) -> str:
         return f"<_Recording of {len(self.forwards)} forwards>"
+
+    def notes(self, what: str) -> list[str]:
+        """Return in words how this came about."""
+        found = [f"{len(self.forwards)} forwards of the program, on {self.device}: {what}"]
+        if self.failures:
+            found.append(f"{sum(self.failures.values())} operations could not be read: {next(iter(self.failures))}")
+        return found
 
     def begin(self, arguments: dict[str, Any]) -> bool:
         """Begin a forward, and return whether it is recorded: not before another step has begun than the first seen."""
@@ -131,7 +136,7 @@ class _Recording:
             if name is not None and time == self._first[0]:
                 return False
         self._recorder.begin(arguments)
-        self._mode = _Mode(self._recorder)
+        self._mode = _Mode(self._recorder, self.failures)
         self._mode.__enter__()
         return True
 
@@ -223,21 +228,27 @@ def audit_of(found: dict[str, Any]) -> Audit:
 class _Mode(TorchDispatchMode):
     """Tells a recorder of every operation on a real device."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, failures: Counter[str]) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._failures = recorder, failures
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
-        with contextlib.suppress(Exception), torch.utils._python_dispatch._disable_current_modes():
-            name = operations.name_of(operation)
-            ours = [*operations.tensors_in((args, kwargs)), *operations.tensors_in(result)]
-            on_device = any(map(transfers.is_on_device, operations.tensors_in(result)))
-            copies = transfers.copies(name, args, on_device)
-            waits = transfers.syncs(name, args, kwargs) if any(map(transfers.is_on_device, ours)) else []
-            self._recorder.operation(operation, args, kwargs, result, copies, waits)
+        try:
+            with torch.utils._python_dispatch._disable_current_modes():
+                self._tell(operation, args, kwargs, result)
+        except Exception as error:  # of a kind of tensor or of operation that is not known here
+            self._failures[f"{operation}: {type(error).__name__}: {error}"] += 1
         return result
+
+    def _tell(self, operation: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        name = operations.name_of(operation)
+        ours = [*operations.tensors_in((args, kwargs)), *operations.tensors_in(result)]
+        on_device = any(map(transfers.is_on_device, operations.tensors_in(result)))
+        copies = transfers.copies(name, args, on_device)
+        waits = transfers.syncs(name, args, kwargs) if any(map(transfers.is_on_device, ours)) else []
+        self._recorder.operation(operation, args, kwargs, result, copies, waits)
 
 
 transparent_modes.add(_Mode)
