@@ -65,7 +65,7 @@ def test_a_draft_of_a_spec_is_written_with_what_each_site_is_worth(audit, tmp_pa
     assert spec.sites
     assert "of a forward's time (an estimate)" in file.read_text()
     status, _, err = audit(ALLEGRO, *SMALL, "--write-spec", file)
-    assert status == 1 and f"--write-spec: `{file}` exists; --force overwrites it" in err
+    assert status == 1 and "exists; --force overwrites it" in err
 
 
 PROGRAM = """

@@ -29,7 +29,7 @@ from ...memo.context import transparent_modes
 from ...memo.keys import PLAIN
 from . import transfers
 from .autocast import Autocast
-from .operations import tensors_in
+from .operations import name_of, tensors_in
 from .shapes import Shapes, map_leaves, no_numbers
 from .transfers import INDEXING, Copy, Sync, asking_line
 
@@ -142,13 +142,13 @@ class Accelerator(TorchDispatchMode):
         return result
 
     def _run(self, operation: Any, args: tuple, kwargs: dict) -> Any:
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         ours = [tensor for tensor in tensors if type(tensor) is AcceleratorTensor]
         device = kwargs.get("device")
         on_device = bool(ours) if device is None else device.type == NAME
         if not ours and not on_device:
             return self._compute(operation, args, kwargs)
-        name = operation._schema.name.removeprefix("aten::")
+        name = name_of(operation)
         if ours and name not in _COPYING:
             _refuse_strangers(name, args, tensors)
         self._count(name, args, kwargs, on_device)

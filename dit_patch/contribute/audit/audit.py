@@ -154,7 +154,8 @@ def observe(subject: Subject) -> Observed:
         model = to_accelerator(mini.build(subject.spec, case))
         hearer.recorder = Recorder(model, digests=True)
         for generation in range(_GENERATIONS):
-            options = {"steps": _STEPS, "generation": generation, "device": DEVICE}
+            steps = _STEPS if case.rollout is None else _WARM_STEPS  # of each block of a rollout, which has one more
+            options = {"steps": steps, "generation": generation, "device": DEVICE}
             for number, arguments in enumerate(mini.forwards(case, _quickest(case), **options)):
                 moment = Moment(generation, *divmod(number, len(mini.PASSES)))
                 hearer.recorder.begin(arguments)
@@ -202,6 +203,8 @@ def _warm_forward(
         stack.enter_context(mini.autocast(subject.spec, dtype, DEVICE))
         forwards = list(mini.forwards(case, case.sizes[0], steps=_WARM_STEPS, dtype=dtype, device=DEVICE))
         pipeline = mini.pipeline(subject.spec, model)
+        if options is None and case.rollout is None:
+            forwards = [forwards[0], *forwards[-passes:]]  # enough for what the model keeps itself
         handle = stack.enter_context(_patched(model, pipeline, subject, options))
         if pipeline is not None:
             give_stage_caches(pipeline, forwards, case.sizes[0])

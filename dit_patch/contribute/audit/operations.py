@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,13 @@ class Operation:
     digest: int | None = None
 
 
+@functools.cache
 def is_product(operation: Any) -> bool:
     """Return whether the operation is one for matrix units: a product, a convolution, attention."""
     return name_of(operation) == _ATTENTION or operation.overloadpacket in flop_registry
 
 
+@functools.cache
 def is_view(operation: Any) -> bool:
     """Return whether the operation makes no numbers: a view, or memory to be filled."""
     name = name_of(operation)
@@ -91,6 +93,7 @@ def is_read(operation: Any) -> bool:
     return name_of(operation) in _READS
 
 
+@functools.cache
 def name_of(operation: Any) -> str:
     """Return the operation's name without its namespace."""
     return operation._schema.name.rpartition("::")[2]
@@ -131,12 +134,18 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts."""
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    found: list[torch.Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    # Not a generator: this is most of what an audit does.
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+        found.append(value)
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, (torch.Tensor, tuple, list, dict)):
+                _collect(item, found)

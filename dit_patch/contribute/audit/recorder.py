@@ -76,9 +76,9 @@ class Recorder:
     ) -> None:
         """An operation has run."""
         shapes_only = operations.reads_shapes_only(operation)
-        inputs = [] if shapes_only else [*tensors_in((args, kwargs))]
+        inputs = [] if shapes_only else tensors_in((args, kwargs))
         causes = _NOTHING.union(*(self._causes.get(_storage(each)._cdata, _NOTHING) for each in inputs))
-        outputs = list(tensors_in(result))
+        outputs = tensors_in(result)
         if not operations.is_view(operation):
             for tensor in outputs:
                 number = self._follow(tensor)
@@ -202,7 +202,7 @@ def content(value: Any) -> int:
 
 def _digest(result: Any) -> int:
     """Return a number for a result: the same for the same shapes and bits."""
-    tensors = list(tensors_in(result))
+    tensors = tensors_in(result)
     if not tensors:
         return hash(repr(result))
     return hash(tuple((tuple(each.shape), each.dtype, _bits(_numbers(each))) for each in tensors))

@@ -41,7 +41,7 @@ class Shapes:
         Raises:
             NoNumbersError: it depends on numbers that are not there.
         """
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         known = [tensor for tensor in tensors if self._has_numbers(tensor)]
         if len(known) < len(tensors) or self._makes_too_much(operation, args, kwargs):
             return self._without_numbers(operation, args, kwargs, known)
