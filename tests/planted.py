@@ -14,8 +14,8 @@ class Planted(torch.nn.Module):
 
     Args:
         plan: of each stage the source ("latents", "timestep", "prompt", "sizes", or "before", the stage before) and the
-            way that it takes: as a "tensor", as a number that the host reads ("item"), by deciding a "branch", or over
-            a buffer that is written into ("buffer").
+            way that it takes: as a "tensor", as a number that the host reads ("item"), as how many there are of
+            something ("count"), by deciding a "branch", or over a buffer that is written into ("buffer").
     """
 
     def __init__(self, plan: list[list[str]]) -> None:
@@ -46,6 +46,8 @@ class Planted(torch.nn.Module):
     def _taken(self, number: int, way: str, value: torch.Tensor) -> torch.Tensor:
         if way == "item":
             return torch.full_like(value, value.mean().item())
+        if way == "count":
+            return torch.ones_like(value) * (value > value.mean()).nonzero().shape[0]
         if way == "branch":
             return torch.ones_like(value) * (2 if value.sum().item() > 0.2 else 3)
         if way == "buffer":
@@ -66,7 +68,7 @@ def truly_depends(plan: list[list[str]], number: int) -> set[str]:
 
 def reads_before(plan: list[list[str]], number: int) -> set[str]:
     """Return the arguments that the host has read something of before a stage's layer runs."""
-    ways = ("item", "branch")
+    ways = ("item", "branch", "count")
     return set().union(*(truly_depends(plan, each) for each in range(number + 1) if plan[each][1] in ways), set())
 
 

@@ -68,7 +68,7 @@ def stages(plan):
 
 
 SOURCES = st.sampled_from(["latents", "timestep", "prompt", "sizes", "before"])
-WAYS = st.sampled_from(["tensor", "item", "branch", "buffer"])
+WAYS = st.sampled_from(["tensor", "item", "count", "branch", "buffer"])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,6 +97,8 @@ def test_what_depends_on_a_step_is_never_called_invariant_and_what_does_not_is_f
         ([["timestep", "tensor"]], Category.PASSES),
         ([["latents", "tensor"]], Category.PASSES),  # the passes of a step share the latents, too
         ([["latents", "item"], ["sizes", "tensor"]], Category.PASSES),
+        ([["latents", "count"], ["sizes", "tensor"]], Category.PASSES),
+        ([["prompt", "count"], ["sizes", "tensor"]], Category.STEPS),
     ],
 )
 def test_each_kind_of_dependence_has_its_category(plan, category):
@@ -110,6 +112,15 @@ def test_a_branch_that_did_not_turn_is_not_proved():
     assert cost.seen.steps == 1.0
     assert cost.known.steps == 0.0
     assert Category.of(cost) in (Category.PASSES, Category.PERHAPS)
+
+
+def test_arguments_that_share_their_memory_are_both_causes():
+    recorder = Recorder(torch.nn.Identity())
+    both = torch.zeros(2, 3)
+    recorder.begin({"one": both[0], "other": both[1]})
+    result = both[0] + 1
+    recorder.operation(torch.ops.aten.add.Tensor, (both[0], 1), {}, result, [], [])
+    assert recorder.end()[0].causes == {"one", "other"}
 
 
 def test_what_is_kept_in_a_buffer_is_known_of_in_the_next_forward():

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,8 @@ def _model(options: argparse.Namespace, place: Device) -> int:
     registry = Registry(options.spec_dir, trust=options.trust_specs)
     own = None if options.mini is None else load_mini(options.mini)
     chosen: dict[str, Any] = {"bench": options.bench, "config": options.config, "size": options.size}
-    with quiet_upstream():
+    # Some libraries print to standard output when they are imported, where JSON may be wanted.
+    with quiet_upstream(), redirect_stdout(sys.stderr):
         if options.model is not None:
             subject = targets.folder_subject(registry, options.model, own, **chosen)
         else:

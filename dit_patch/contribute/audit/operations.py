@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from .transfers import Copy, Sync
+from .transfers import INDEXING, SYNCS, Copy, Sync
 
 _VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
@@ -91,6 +91,18 @@ def reads_shapes_only(operation: Any) -> bool:
 def is_read(operation: Any) -> bool:
     """Return whether the result is a number for the host."""
     return name_of(operation) in _READS
+
+
+def told_to_host(operation: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Return the tensors whose content the host learns something of: a number, or how many there are of something."""
+    name = name_of(operation)
+    if name in INDEXING:
+        return [each for each in tensors_in(args[1]) if each.dtype in (torch.bool, torch.uint8)]
+    if name == "masked_select":
+        return tensors_in(args[1:2])
+    if name == "repeat_interleave":
+        return [] if kwargs.get("output_size") is not None else tensors_in(args)[-1:]
+    return tensors_in(args) if name in SYNCS or is_read(operation) else []
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -58,12 +58,15 @@ class Recorder:
     def begin(self, arguments: Mapping[str, Any], *, keep: bool = True) -> None:
         """Begin a forward with these arguments, of which operations are kept, or only what they depend on."""
         self.operations, self._reads, self.peak_nbytes = [], set(), self._held
+        given: dict[int, frozenset[str]] = {}  # two arguments may share their memory
         for name, value in arguments.items():
             tensors = list(leaves_of(value))
             for tensor in tensors:
-                self._causes[self._follow(tensor)] = frozenset((name,))
+                number = self._follow(tensor)
+                given[number] = given.get(number, _NOTHING) | {name}
             if not tensors:
                 self._reads.add(name)
+        self._causes |= given
         self._is_recording = keep
 
     def end(self) -> list[Operation]:
@@ -77,7 +80,7 @@ class Recorder:
         """An operation has run."""
         shapes_only = operations.reads_shapes_only(operation)
         inputs = [] if shapes_only else tensors_in((args, kwargs))
-        causes = _NOTHING.union(*(self._causes.get(_storage(each)._cdata, _NOTHING) for each in inputs))
+        causes = self._causes_of(inputs)
         outputs = tensors_in(result)
         if not operations.is_view(operation):
             for tensor in outputs:
@@ -88,13 +91,12 @@ class Recorder:
                 self._follow(tensor)
         if not self._is_recording or (operations.is_view(operation) and not copies and not syncs):
             return
-        if operations.is_read(operation):
-            self._reads |= causes
+        self._reads |= self._causes_of(operations.told_to_host(operation, args, kwargs))
         self.operations.append(self._entry(operation, args, kwargs, result, causes, copies, syncs))
 
     def read(self, tensor: torch.Tensor, sync: Sync) -> None:
         """The host has read the whole tensor."""
-        causes = self._causes.get(_storage(tensor)._cdata, _NOTHING)
+        causes = self._causes_of([tensor])
         self._reads |= causes
         if self._is_recording:
             module, line = self._place()
@@ -142,6 +144,9 @@ class Recorder:
             syncs=syncs,
             digest=digest,
         )
+
+    def _causes_of(self, tensors: Sequence[torch.Tensor]) -> frozenset[str]:
+        return _NOTHING.union(*(self._causes.get(_storage(each)._cdata, _NOTHING) for each in tensors))
 
     def _follow(self, tensor: torch.Tensor) -> int:
         """Return the number of the tensor's storage, and know of it until it is gone."""

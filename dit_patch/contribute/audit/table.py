@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def run(library: str, device: Device, out: Path | None, *, say: Callable[[str], 
         DitPatchError: the library is not installed.
     """
     extras.require("auditing all its models", {library: library}, library)
-    names = list(class_names(library))
+    with redirect_stdout(sys.stderr):  # for what libraries print when they are imported
+        names = list(class_names(library))
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2 * 2)) as pool:
         for number, outcome in enumerate(pool.map(lambda name: _audit(name, device), names), 1):
