@@ -7,6 +7,7 @@ import json
 import other_homes
 import pytest
 import torch
+from conftest import skip_unless_installed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planted import MINI, Planted, reads_before, truly_depends
@@ -217,6 +218,7 @@ def test_attention_in_shapes_has_the_strides_of_flash_attention():
 @pytest.mark.parametrize("name", ["diffusers/wan", "diffusers/hunyuan_video15", "diffusers/z_image"])
 def test_shapes_alone_count_what_numbers_count(name):
     spec = SPECS.get(name)
+    skip_unless_installed(spec)
     counts = []
     for largest in (None, 512):
         case = spec.mini.case()
@@ -297,7 +299,9 @@ def test_a_model_that_cannot_run_at_full_size_is_counted_small_and_says_so():
 
 
 def test_the_mask_of_hunyuan_video_15_is_found():
-    subject = from_spec(SPECS.get("diffusers/hunyuan_video15"), config={"num_layers": 4})
+    spec = SPECS.get("diffusers/hunyuan_video15")
+    skip_unless_installed(spec)
+    subject = from_spec(spec, config={"num_layers": 4})
     plain = summary(audit(subject, patch=False).plain, H100)
     first = next(row for row in plain.rows if row.category.repeats)
     assert first.module == "transformer_blocks.*.attn"

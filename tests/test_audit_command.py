@@ -139,7 +139,7 @@ def test_all_of_a_library_a_row_each(audit, tmp_path, monkeypatch):
 
 def test_the_classes_of_a_library_are_its_whole_models():
     names = {each.rpartition(".")[2] for each in table.class_names("diffusers")}
-    assert {"WanTransformer3DModel", "HunyuanVideo15Transformer3DModel", "FluxTransformer2DModel"} <= names
+    assert {"WanTransformer3DModel", "HunyuanVideoTransformer3DModel", "FluxTransformer2DModel"} <= names
     assert not {"WanTransformerBlock", "FluxSingleTransformerBlock"} & names
 
 
