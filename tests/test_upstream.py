@@ -64,6 +64,27 @@ def test_private_names_are_nowhere_else(name):
 
 
 class TestTorch:
+    def test_lift_only_cpu_tensors(self):
+        assert torch_internals.lift_only_cpu_tensors(True) is False
+        assert torch_internals.lift_only_cpu_tensors(False) is True
+
+    def test_no_torch_function(self):
+        class Plain(torch.Tensor):
+            __torch_function__ = torch_internals.no_torch_function()
+
+        assert type(torch.zeros(2).as_subclass(Plain) + 1) is torch.Tensor
+
+    def test_set_tensor_version(self):
+        tensor = torch.zeros(2).add_(1)
+        torch_internals.set_tensor_version(tensor, 7)
+        assert tensor._version == 7
+
+    def test_without_dispatch_key(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype is torch.bfloat16
+            with torch_internals.without_dispatch_key("AutocastCPU"):
+                assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype is torch.float32
+
     def test_tensor_version(self):
         tensor = torch.zeros(4)
         before = torch_internals.tensor_version(tensor)

@@ -321,3 +321,25 @@ def average_into(averages: list[torch.Tensor], values: Iterable[torch.Tensor], w
 def copy_into(targets: Iterable[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy each source into its target: `_foreach_copy_`."""
     torch._foreach_copy_(list(targets), sources)
+
+
+def lift_only_cpu_tensors(value: bool) -> bool:
+    """Have `torch.tensor(..., device=)` make a CPU tensor first, for a simulated device; return how it was."""
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(value)
+    return before
+
+
+def no_torch_function() -> Any:
+    """Return the `__torch_function__` of a subclass whose operations are seen by dispatch alone."""
+    return torch._C._disabled_torch_function_impl
+
+
+def set_tensor_version(tensor: torch.Tensor, version: int) -> None:
+    """Set the version counter of a tensor: swapping a parameter counts as writing, and `.data =` does not."""
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+def without_dispatch_key(name: str) -> Any:
+    """Return a context in which kernels of that dispatch key are passed over, as its own kernels need."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)))

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...memo.context import transparent_modes
 from ...memo.keys import PLAIN
+from ...upstream.torch_internals import lift_only_cpu_tensors, no_torch_function, set_tensor_version
 from . import transfers
 from .autocast import Autocast
 from .operations import name_of, tensors_in
@@ -116,8 +117,7 @@ class Accelerator(TorchDispatchMode):
         self._swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         # torch.tensor(..., device=) makes a CPU tensor and copies that, where it would have asked for device memory.
-        self._lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)
+        self._lifts = lift_only_cpu_tensors(True)
         # An operation of the device's own, so that it is not taken apart into others, whose results have other strides.
         self._kernels = torch.library.Library("aten", "IMPL")
         self._kernels.impl("scaled_dot_product_attention", _never_reached, "PrivateUse1")
@@ -128,7 +128,7 @@ class Accelerator(TorchDispatchMode):
         super().__exit__(*exception)
         self._autocast.remove()
         self._kernels._destroy()
-        torch._C._set_only_lift_cpu_tensors(self._lifts)
+        lift_only_cpu_tensors(self._lifts)
         torch.__future__.set_swap_module_params_on_conversion(self._swaps)
         PLAIN.discard(AcceleratorTensor)
         _state.active = None
@@ -185,7 +185,7 @@ class AcceleratorTensor(torch.Tensor):
     of the numbers: what holds of a tensor's identity elsewhere holds here.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = no_torch_function()
     inner: torch.Tensor
 
     @staticmethod
@@ -246,7 +246,7 @@ def _move(model: torch.nn.Module, device: str) -> torch.nn.Module:
     model.to(device)
     for parameter, version in versions:
         # `.data =` leaves the version alone; the swap that stands for it here does not.
-        torch._C._autograd._unsafe_set_version_counter((parameter,), (version,))
+        set_tensor_version(parameter, version)
     return model
 
 

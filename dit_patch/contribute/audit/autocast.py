@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ...upstream.torch_internals import without_dispatch_key
+
 _LOWER = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "_convolution")
 _LOWER += ("convolution", "scaled_dot_product_attention")
 _FLOAT32 = ("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "softmax.int", "log_softmax.int", "exp", "log")
@@ -64,7 +66,6 @@ class Autocast:
 
 def _in_dtype(operation: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
     """Return the operation with its floating point tensors cast to a dtype; float64 stays what it is, as in CUDA's."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY))
 
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
@@ -72,7 +73,7 @@ def _in_dtype(operation: Any, dtype: Callable[[], torch.dtype]) -> Callable[...,
         return [cast(item) for item in value] if isinstance(value, list) else value
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with without_dispatch_key(_KEY):
             return operation(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     return kernel

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 
 from ...memo.keys import flat
 from ...memo.results import flatten, look_into
+from ...upstream.torch_internals import storage_id
 from . import operations
 from .accelerator import AcceleratorTensor
 from .operations import Operation, Work, tensors_in
@@ -146,12 +147,12 @@ class Recorder:
         )
 
     def _causes_of(self, tensors: Sequence[torch.Tensor]) -> frozenset[str]:
-        return _NOTHING.union(*(self._causes.get(_storage(each)._cdata, _NOTHING) for each in tensors))
+        return _NOTHING.union(*(self._causes.get(storage_id(_numbers(each)), _NOTHING) for each in tensors))
 
     def _follow(self, tensor: torch.Tensor) -> int:
         """Return the number of the tensor's storage, and know of it until it is gone."""
         storage = _storage(tensor)
-        number = storage._cdata
+        number = storage_id(_numbers(tensor))
         if number not in self._storages:
             self._storages[number] = weakref.ref(storage, lambda _: self._forget(number))
             self._nbytes[number] = _nbytes(tensor, storage) if is_on_device(tensor) else 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import DitPatchError
+from ...upstream.torch_internals import storage_id
 from .operations import is_read, is_view, name_of, tensors_in
 from .transfers import INDEXING, SYNCS, asking_line
 
@@ -48,7 +49,7 @@ class Shapes:
         return operation(*args, **kwargs)
 
     def _has_numbers(self, tensor: torch.Tensor) -> bool:
-        return tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self._forgotten
+        return tensor.device.type != "meta" and storage_id(tensor) not in self._forgotten
 
     def _makes_too_much(self, operation: Any, args: tuple, kwargs: dict) -> bool:
         try:
@@ -86,8 +87,7 @@ class Shapes:
             raise
         written = args[0] if operation._schema.is_mutable and args else None
         if any(written is tensor for tensor in known):
-            storage = written.untyped_storage()
-            self._forgotten[storage._cdata] = storage
+            self._forgotten[storage_id(written)] = written.untyped_storage()
             return written
         return result
 
