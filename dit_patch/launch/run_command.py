@@ -106,9 +106,13 @@ def _environment(choice: Choice, folder: Path | None, strict: bool) -> dict[str,
         environment[FOLDER] = str(folder.absolute())
     if strict:
         environment[STRICT] = "1"
-    theirs = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join([str(SITE), theirs] if theirs else [str(SITE)])
-    return environment
+    return environment | python_path(environment)
+
+
+def python_path(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that has Python processes begin with our `sitecustomize`, before what is on it already."""
+    theirs = environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(SITE), theirs] if theirs else [str(SITE)])}
 
 
 def _without_flags(environ: Mapping[str, str]) -> dict[str, str]:

@@ -20,13 +20,18 @@ import torch
 from ..memo.results import map_tensors
 from .address import Address
 from .model import Spec
-from .recipe import Case, Input
+from .recipe import Case, Input, Mini
 
 PASSES = ("cond", "uncond")
 
 
 class KVCaches(list):
     """The KV caches of a model's layers: an argument that forwards write into and hand on to the next, see `repeat`."""
+
+
+def spec_without_sites(model: str, own: Mini | None = None) -> Spec:
+    """Return what stands for the spec of a class that has none: its dotted name, and how to build and call it."""
+    return Spec(model=model, blocks=({"at": "blocks", "pattern": 3},), mini=own)
 
 
 def model_class(spec: Spec) -> type[torch.nn.Module]:

@@ -86,14 +86,14 @@ class Accelerator(TorchDispatchMode):
 
     Args:
         largest: how many numbers a tensor may have; larger ones are shapes alone. None: all have their numbers.
-        observer: is told of every operation.
     """
 
-    def __init__(self, largest: int | None = None, observer: Observer | None = None) -> None:
+    def __init__(self, largest: int | None = None) -> None:
         super().__init__()
         self.counts = Counts()
         self.shapes = None if largest is None else Shapes(largest)
-        self.observer = observer
+        #: Is told of every operation.
+        self.observer: Observer | None = None
 
     copies = property(lambda self: self.counts.copies)
     syncs = property(lambda self: self.counts.syncs)

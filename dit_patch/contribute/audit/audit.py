@@ -18,7 +18,7 @@ from ...spec.recipe import Case
 from .accelerator import DEVICE, SUPPORTED, Accelerator, to_accelerator
 from .operations import Operation
 from .recorder import Recorder
-from .repeats import Key, Moment, Observation, Observed, Repeats, keys
+from .repeats import Moment, Observation, Observed, Repeats, keys
 from .shapes import NoNumbersError
 from .subject import Subject
 
@@ -33,7 +33,6 @@ class Cost:
     """An operation of a forward at full size, and how often its result is known to repeat, and was seen to."""
 
     operation: Operation
-    key: Key
     known: Repeats
     seen: Repeats
 
@@ -150,18 +149,18 @@ def observe(subject: Subject) -> Observed:
     """Run two generations of the small model, and return what repeats in them."""
     observation = Observation()
     case = subject.toy
-    with Accelerator(observer=(hearer := _Hearer())), torch.no_grad():
+    with Accelerator() as accelerator, torch.no_grad():
         model = to_accelerator(mini.build(subject.spec, case))
-        hearer.recorder = Recorder(model, digests=True)
+        accelerator.observer = recorder = Recorder(model, digests=True)
         for generation in range(_GENERATIONS):
             steps = _STEPS if case.rollout is None else _WARM_STEPS  # of each block of a rollout, which has one more
             options = {"steps": steps, "generation": generation, "device": DEVICE}
             for number, arguments in enumerate(mini.forwards(case, _quickest(case), **options)):
                 moment = Moment(generation, *divmod(number, len(mini.PASSES)))
-                hearer.recorder.begin(arguments)
+                recorder.begin(arguments)
                 observation.begin(moment, arguments)
                 model(**arguments)
-                observation.end(hearer.recorder.end())
+                observation.end(recorder.end())
     renewed = {name: recipe.new for name, recipe in case.inputs.items() if not recipe.is_value}
     return observation.observed(renewed)
 
@@ -169,20 +168,6 @@ def observe(subject: Subject) -> Observed:
 def _quickest(case: Case) -> Mapping[str, int]:
     """Return the size with the shortest rollout, or the first."""
     return min(case.sizes, key=lambda size: size.get("blocks", 0))
-
-
-class _Hearer:
-    """Hands on to a recorder once there is one."""
-
-    recorder: Recorder | None = None
-
-    def operation(self, *arguments: Any) -> None:
-        if self.recorder is not None:
-            self.recorder.operation(*arguments)
-
-    def read(self, *arguments: Any) -> None:
-        if self.recorder is not None:
-            self.recorder.read(*arguments)
 
 
 def _warm_forward(
@@ -194,10 +179,9 @@ def _warm_forward(
     options: Options | None = None,
 ) -> tuple[Forward, int, dict[str, str]]:
     """Return the last step of a short generation, the number of weights, and what patched sites say of themselves."""
-    hearer = _Hearer()
     passes = len(mini.PASSES)
     with ExitStack() as stack:
-        stack.enter_context(Accelerator(largest, hearer))
+        accelerator = stack.enter_context(Accelerator(largest))
         stack.enter_context(torch.no_grad())
         model = to_accelerator(mini.build(subject.spec, case, dtype=dtype))
         stack.enter_context(mini.autocast(subject.spec, dtype, DEVICE))
@@ -208,7 +192,7 @@ def _warm_forward(
         handle = stack.enter_context(_patched(model, pipeline, subject, options))
         if pipeline is not None:
             give_stage_caches(pipeline, forwards, case.sizes[0])
-        hearer.recorder = recorder = Recorder(model)
+        accelerator.observer = recorder = Recorder(model)
         costs: list[Cost] = []
         for number, arguments in enumerate(forwards):
             last = number - (len(forwards) - passes)
@@ -226,7 +210,7 @@ def joined(operations: Sequence[Operation], observed: Observed, *, is_first_pass
         known, seen = observed.of(operation, key)
         if is_first_pass:  # what the passes of a step share is made in the first of them
             known, seen = replace(known, passes=0.0), replace(seen, passes=0.0)
-        yield Cost(operation, key, known, seen)
+        yield Cost(operation, known, seen)
 
 
 @contextmanager

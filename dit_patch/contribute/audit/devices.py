@@ -17,8 +17,6 @@ KERNEL_US, COPY_US, SYNC_US = 3.0, 10.0, 10.0
 HOST_GB_PER_S = 10.0
 """What an operation on the host reads and writes in a second: one thread's share of the memory."""
 
-DEFAULT = "H100"
-
 
 @dataclass(frozen=True)
 class Device:

@@ -13,7 +13,7 @@ from ...handle import apply
 from ...launch.find_pipeline import pipeline_of
 from ...memo.context import transparent_modes
 from ...sites.scope import Hook, parameters
-from ...spec.model import Spec
+from ...spec.mini import spec_without_sites
 from ...spec.recipe import Case
 from ...spec.registry import Registry
 from . import operations, transfers
@@ -206,7 +206,7 @@ def subject_of(found: dict[str, Any]) -> Subject:
     """Return the subject that stands for what was audited live."""
     spec = None if found["spec"] is None else next(each for each in Registry() if each.name == found["spec"])
     if spec is None:
-        spec = Spec(model=found["class"], blocks=({"at": "blocks", "pattern": 3},))
+        spec = spec_without_sites(found["class"])
     empty = Case(sizes=({},))
     return Subject(found["class"].rpartition(".")[2], spec, empty, empty, tuple(found["notes"]))
 

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...launch.run_command import wait_for
-from ...launch.run_folder import AUDIT, SITE
+from ...launch.run_command import python_path, wait_for
+from ...launch.run_folder import AUDIT
 from .audit import Audit
 from .live import audit_of
 from .watching import FORWARDS, FOUND, PATCH
@@ -26,9 +26,8 @@ def audit_program(command: Sequence[str], forwards: int, *, patch: bool) -> tupl
     """
     folder = Path(tempfile.mkdtemp(prefix="dit-patch-audit-"))
     try:
-        environment = {**os.environ, AUDIT: str(folder), FORWARDS: str(forwards), PATCH: "1" if patch else "0"}
-        theirs = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([str(SITE), theirs] if theirs else [str(SITE)])
+        own = {AUDIT: str(folder), FORWARDS: str(forwards), PATCH: "1" if patch else "0"}
+        environment = {**os.environ, **python_path(os.environ), **own}
         status = wait_for(command, environment)
         # Written by our own processes into a folder of our own, so pickle's dangers are not ours.
         found = [pickle.loads(each.read_bytes()) for each in sorted(folder.glob(FOUND))]

@@ -155,7 +155,7 @@ class Recorder:
         number = storage_id(_numbers(tensor))
         if number not in self._storages:
             self._storages[number] = weakref.ref(storage, lambda _: self._forget(number))
-            self._nbytes[number] = _nbytes(tensor, storage) if is_on_device(tensor) else 0
+            self._nbytes[number] = storage.nbytes() if is_on_device(tensor) else 0
             self._held += self._nbytes[number]
             self.peak_nbytes = max(self.peak_nbytes, self._held)
         return number
@@ -232,10 +232,6 @@ def _numbers(tensor: torch.Tensor) -> torch.Tensor:
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return _numbers(tensor).untyped_storage()
-
-
-def _nbytes(tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
-    return storage.nbytes()
 
 
 def _keeps_dtype(name: str, args: tuple, result: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DitPatchError, SpecError, quote, suggest
@@ -38,7 +38,7 @@ class Subject:
     spec: Spec
     toy: Case
     full: Case
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def is_patchable(self) -> bool:
@@ -95,8 +95,7 @@ def from_spec(
 
 def from_mini(model: str, own: Mini, **options: Any) -> Subject:
     """Return the model of a class without a spec, from what a mini says of it; the options are those of `from_spec`."""
-    spec = Spec(model=model, blocks=({"at": "blocks", "pattern": 3},), mini=own)
-    return from_spec(spec, **{"name": model.rpartition(".")[2], **options})
+    return from_spec(mini.spec_without_sites(model, own), **{"name": model.rpartition(".")[2], **options})
 
 
 def grow(toy: Case, defaults: Mapping[str, Any], notes: list[str], given: Mapping[str, Any] | None = None) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,11 +200,6 @@ def stage(module: str) -> str:
     if "*" in parts:
         return ".".join(parts[: parts.index("*") + 2])
     return parts[0] or "(the model itself)"
-
-
-def repeated(summary: Summary, *, worth: Callable[[Row], float] = lambda row: row.amount.milliseconds) -> list[Row]:
-    """Return the rows that are proved to repeat, the one that is worth most first."""
-    return sorted((row for row in summary.rows if row.category.repeats), key=lambda row: -worth(row))
 
 
 def _united(known: tuple[str, ...], more: Iterable[str]) -> tuple[str, ...]:

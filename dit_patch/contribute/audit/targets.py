@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,10 +13,9 @@ from ...errors import DitPatchError, quote
 from ...spec.model import Spec
 from ...spec.recipe import Mini
 from ...spec.registry import Registry
+from ..check.cases import find_config, read_config, without_diffusers_own
 from ..new.draft import guessed_mini, model_class
 from .subject import Subject, from_mini, from_spec
-
-_COMPONENTS = ("", "transformer", "transformer_2", "dit", "unet")
 
 
 def subject(registry: Registry, name: str, own: Mini | None = None, **options: Any) -> Subject:
@@ -45,20 +43,13 @@ def folder_subject(registry: Registry, folder: Path, own: Mini | None = None, **
     Raises:
         DitPatchError: the folder has no model of diffusers.
     """
-    place = next((each for each in map(folder.joinpath, _COMPONENTS) if (each / "config.json").is_file()), None)
-    if place is None:
-        raise DitPatchError(
-            f"--model: {quote(folder)} has no config.json; give the folder of a saved model or pipeline"
-        )
-    try:
-        content = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DitPatchError(f"--model: {quote(place / 'config.json')} cannot be read: {error}") from error
-    name = content.get("_class_name") if isinstance(content, dict) else None
+    file = find_config(folder)
+    content = read_config(file, "--model")
+    name = content.get("_class_name")
     if not isinstance(name, str):
-        raise DitPatchError(f"--model: {quote(place / 'config.json')} names no class (`_class_name`)")
+        raise DitPatchError(f"--model: {quote(file)} names no class (`_class_name`)")
     cls = model_class(f"diffusers.{name}")
-    config = {key: value for key, value in content.items() if not key.startswith("_")}
+    config = without_diffusers_own(content)
     return _of_class(registry, cls, own, {**options, "whole_config": config, "name": f"{folder.name} ({name})"})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from .audit import Audit
 from .devices import Device
-from .summary import Amount, Category, Row, Summary, repeated, summary
+from .summary import Amount, Category, Row, Summary, summary
 
 _ROWS = 12
 
@@ -27,7 +27,8 @@ def _lines(audit: Audit, device: Device, rows: int) -> Iterator[str]:
     yield ""
     yield from _stages(plain)
     left = plain if patched is None else patched
-    found = [row for row in repeated(left) if row.amount.kernels or row.amount.copies or row.amount.syncs]
+    repeating = (row for row in left.rows if row.category.repeats)
+    found = [row for row in repeating if row.amount.kernels or row.amount.copies or row.amount.syncs]
     yield ""
     yield "what repeats" if patched is None else "what is left that repeats, patched"
     yield from _rows(found[:rows], left.total) if found else ["  nothing"]

@@ -15,6 +15,8 @@ from ...spec import mini
 from ...spec.model import Spec
 from ...spec.recipe import Case
 
+_CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -64,7 +66,7 @@ def from_config(spec: Spec, path: Path) -> Subject:
         SpecError: there is no mini to take sizes and inputs from.
         DitPatchError: the file cannot be read.
     """
-    config = _read_config(path, "--config")
+    config = without_diffusers_own(read_config(path, "--config"))
     like, case = nearest_mini(spec, config)
     case = case.model_copy(update={"config": shrink(config, case.config)})
     return Subject(f"{path.name} made small like {like}", case, (torch.float32, torch.bfloat16))
@@ -77,13 +79,11 @@ def from_weights(spec: Spec, path: Path, dtype: torch.dtype) -> Subject:
         SpecError: there is no mini to take inputs from.
         DitPatchError: the folder has no model.
     """
-    folder = next((each for each in (path, path / "transformer") if (each / "config.json").is_file()), None)
-    if folder is None:
-        raise DitPatchError(f"--model: {quote(path)} has no config.json; give the folder of a saved model or pipeline")
-    config = _read_config(folder / "config.json", "--model")
+    file = find_config(path)
+    config = without_diffusers_own(read_config(file, "--model"))
     like, case = nearest_mini(spec, config)
     case = case.model_copy(update={"config": {**case.config, **config}})
-    return Subject(f"{path.name} with inputs like {like}", case, (dtype,), folder)
+    return Subject(f"{path.name} with inputs like {like}", case, (dtype,), file.parent)
 
 
 def nearest_mini(spec: Spec, config: Mapping[str, Any]) -> tuple[str, Case]:
@@ -109,8 +109,24 @@ def shrink(config: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _read_config(path: Path, flag: str) -> dict[str, Any]:
-    """Return the content of a model's config.json, without the entries of diffusers itself."""
+def find_config(path: Path) -> Path:
+    """Return the config.json of the model in a folder, or in a pipeline's folder `transformer`.
+
+    Raises:
+        DitPatchError: the folder has no model.
+    """
+    found = next((each for each in (path / _CONFIG, path / "transformer" / _CONFIG) if each.is_file()), None)
+    if found is None:
+        raise DitPatchError(f"--model: {quote(path)} has no config.json; give the folder of a saved model or pipeline")
+    return found
+
+
+def read_config(path: Path, flag: str) -> dict[str, Any]:
+    """Return the content of a model's config.json; entries of diffusers itself begin with an underscore.
+
+    Raises:
+        DitPatchError: it cannot be read, or is no such file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,6 +135,11 @@ def _read_config(path: Path, flag: str) -> dict[str, Any]:
         raise DitPatchError(f"{flag}: {quote(path)} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DitPatchError(f"{flag}: {quote(path)} holds a {type(content).__name__}; expected a model's config.json")
+    return content
+
+
+def without_diffusers_own(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the entries of diffusers itself."""
     return {name: value for name, value in content.items() if not name.startswith("_")}
 
 

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from ...errors import DitPatchError, quote, suggest
 from ...hosts import HOSTS
 from ...spec import mini
-from ...spec.model import Spec
 from ...spec.recipe import Mini
 from .. import verify
 from ..check import probe
@@ -103,7 +102,7 @@ def guessed_mini(cls: type[torch.nn.Module]) -> Mini:
             try:
                 own = Mini.model_validate(each)
                 case = own.case()
-                spec = Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own)
+                spec = mini.spec_without_sites(name, own)
                 verify.run(mini.build(spec, case), list(mini.forwards(case, case.sizes[0], steps=1)))
                 return own
             except Exception as error:  # of the model's own
@@ -125,7 +124,7 @@ def _guess_mini(cls: type[torch.nn.Module]) -> tuple[dict[str, Any], list[str]]:
     empty = {"config": config, "sizes": [{"f": 1}], "inputs": {"x": {"shape": ["f"]}}}
     own = Mini.model_validate(empty if host is None else {"host": host, **empty})
     with torch.device("meta" if host is None else "cpu"):
-        model = mini.make_model(Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own), own.case())
+        model = mini.make_model(mini.spec_without_sites(name, own), own.case())
     inputs, unknown = guess.inputs(model, config, defaults)
     recipe = {"config": config, "sizes": guess.sizes(inputs, guess.latents_per_token(model)), "inputs": inputs}
     return recipe if host is None else {"host": host, **recipe}, unknown
@@ -141,7 +140,7 @@ def _host(cls: type[torch.nn.Module]) -> str | None:
 
 def _observe(made: Draft, name: str, own: Mini) -> None:
     """Run the mini, and put its blocks and the proposed sites into the draft."""
-    spec = Spec(model=name, blocks=({"at": "blocks", "pattern": 3},), mini=own)
+    spec = mini.spec_without_sites(name, own)
     case = own.case()
     model = mini.build(spec, case)
     forwards, moments = probe.generations(case, STEPS)
