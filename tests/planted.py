@@ -13,19 +13,21 @@ class Planted(torch.nn.Module):
     """Computes each of its stages from one source, in one way, and has a layer of its own do it.
 
     Args:
-        plan: of each stage the source ("latents", "timestep", "prompt", "sizes", or "before", the stage before) and the
-            way that it takes: as a "tensor", as a number that the host reads ("item"), as how many there are of
-            something ("count"), by deciding a "branch", or over a buffer that is written into ("buffer").
+        plan: of each stage the source ("latents", "timestep", "prompt", "sizes", "calls", how many forwards there
+            have been, or "before", the stage before) and the way that it takes: as a "tensor", as a number that the
+            host reads ("item"), as how many there are of something ("count"), by deciding a "branch", or over a buffer
+            that is written into ("buffer").
     """
 
     def __init__(self, plan: list[list[str]]) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.calls = plan, 0
         self.stages = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in plan)
         for number in range(len(plan)):
             self.register_buffer(f"kept{number}", torch.zeros(1, WIDTH))
 
     def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
         before = torch.ones(1, WIDTH, device=hidden_states.device)
         total = hidden_states
         for number, (source, way) in enumerate(self.plan):
@@ -35,6 +37,8 @@ class Planted(torch.nn.Module):
                 value = (timestep / 1000.0).expand(1, WIDTH)
             elif source == "prompt":
                 value = prompt.mean(0, keepdim=True)
+            elif source == "calls":
+                value = torch.full((1, WIDTH), float(self.calls), device=hidden_states.device)
             elif source == "sizes":
                 value = torch.arange(WIDTH, device=hidden_states.device)[None] / len(hidden_states)
             else:

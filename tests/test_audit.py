@@ -115,6 +115,23 @@ def test_a_branch_that_did_not_turn_is_not_proved():
     assert Category.of(cost) in (Category.PASSES, Category.PERHAPS)
 
 
+def test_what_depends_on_state_that_is_no_tensor_is_seen_to_change():
+    [cost] = stages([["calls", "tensor"]])[0]
+    assert not cost.operation.causes | cost.operation.reads
+    assert Category.of(cost) is Category.CHANGING
+
+
+def test_memory_that_is_written_into_twice_depends_on_both():
+    recorder = Recorder(torch.nn.Identity())
+    kept, one, other = torch.zeros(2, 3), torch.zeros(3), torch.zeros(3)
+    recorder.begin({"one": one, "other": other})
+    for number, source in enumerate((one, other)):
+        part = kept[number]
+        recorder.operation(torch.ops.aten.copy_.default, (part, source), {}, part.copy_(source), [], [])
+    recorder.operation(torch.ops.aten.add.Tensor, (kept, 1), {}, kept + 1, [], [])
+    assert recorder.end()[-1].causes == {"one", "other"}
+
+
 def test_arguments_that_share_their_memory_are_both_causes():
     recorder = Recorder(torch.nn.Identity())
     both = torch.zeros(2, 3)
