@@ -10,7 +10,7 @@ import jinja2
 
 from .audit import Audit
 from .devices import COPY_US, KERNEL_US, Device
-from .summary import Amount, Category, Row, Summary, summary
+from .summary import Amount, Category, Row, Summary, summary, together
 from .text import figure, figure_table, heading, share
 
 _WIDTH = 30  # em of the longest bar
@@ -45,9 +45,10 @@ def audit_page(audit: Audit, device: Device) -> str:
 
 def _stages(plain: Summary) -> Iterator[dict[str, Any]]:
     stages = plain.stages()
-    longest = max((sum(each.milliseconds for each in amounts.values()) for amounts in stages.values()), default=0) or 1
+    totals = {name: together(amounts.values()) for name, amounts in stages.items()}
+    longest = max((each.milliseconds for each in totals.values()), default=0.0) or 1.0
     for name, amounts in stages.items():
-        took = sum(each.milliseconds for each in amounts.values())
+        total = totals[name]
         parts = [
             {
                 "name": _name(category),
@@ -58,12 +59,11 @@ def _stages(plain: Summary) -> Iterator[dict[str, Any]]:
             for category in Category
             if category in amounts
         ]
-        copies, syncs = (sum(getattr(each, what) for each in amounts.values()) for what in ("copies", "syncs"))
-        marks = [f"{figure(copies)} copies to the device"] if copies else []
-        marks += [f"{figure(syncs)} waits of the host"] if syncs else []
+        marks = [f"{figure(total.copies)} copies to the device"] if total.copies else []
+        marks += [f"{figure(total.syncs)} waits of the host"] if total.syncs else []
         yield {
             "name": name,
-            "share": share(took, plain.total.milliseconds),
+            "share": share(total.milliseconds, plain.total.milliseconds),
             "parts": parts,
             "marks": ", ".join(marks),
         }
@@ -71,12 +71,11 @@ def _stages(plain: Summary) -> Iterator[dict[str, Any]]:
 
 def _line(row: Row, total: Amount) -> dict[str, Any]:
     amount = row.amount
-    about = row.category.value + (f" (from {', '.join(row.causes)})" if row.causes else "")
     texts = [
         (row.module or "(the model itself)", "left"),
         (row.line, "left line"),
         (", ".join(row.operations[:4]), "left"),
-        (about, "left"),
+        (row.about, "left"),
     ]
     numbers = (
         amount.milliseconds,

@@ -102,6 +102,11 @@ class Row:
     amount: Amount
     order: int
 
+    @property
+    def about(self) -> str:
+        """What its results depend on, in words."""
+        return self.category.value + (f" (from {', '.join(self.causes)})" if self.causes else "")
+
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         return {
@@ -192,6 +197,14 @@ def summary(forward: Forward, device: Device) -> Summary:
     ordered = sorted(rows.values(), key=lambda row: -row.amount.milliseconds)
     ranked = {each: by_category[each] for each in Category if each in by_category}
     return Summary(total, ranked, repeats, perhaps, steps, passes, generations, ordered, forward.peak_nbytes)
+
+
+def together(amounts: Iterable[Amount]) -> Amount:
+    """Return the sum of amounts."""
+    total = Amount()
+    for each in amounts:
+        total.join(each)
+    return total
 
 
 def stage(module: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from .audit import Audit
 from .devices import Device
-from .summary import Amount, Category, Row, Summary, summary
+from .summary import Amount, Category, Row, Summary, summary, together
 
 _ROWS = 12
 
@@ -116,20 +116,16 @@ def _stages(plain: Summary, width: int = 40) -> Iterator[str]:
     stages = plain.stages()
     name_width = max(map(len, stages), default=0)
     whole = plain.total.milliseconds or 1.0
-    longest = max((_sum(amounts, "milliseconds") for amounts in stages.values()), default=1.0) or 1.0
+    times = {name: together(amounts.values()).milliseconds for name, amounts in stages.items()}
+    longest = max(times.values(), default=0.0) or 1.0
     yield "  ".join(f"{mark} {category.value}" for category, mark in _MARKS.items() if category in plain.by_category)
     for name, amounts in stages.items():
-        took = _sum(amounts, "milliseconds")
         bar = "".join(
             _MARKS[category] * max(1, round(width * amounts[category].milliseconds / longest))
             for category in Category
             if category in amounts and amounts[category].milliseconds
         )
-        yield f"  {name:<{name_width}}  {share(took, whole):>6}  {bar}"
-
-
-def _sum(amounts: dict[Category, Amount], name: str) -> float:
-    return sum(getattr(each, name) for each in amounts.values())
+        yield f"  {name:<{name_width}}  {share(times[name], whole):>6}  {bar}"
 
 
 def _rows(rows: Sequence[Row], total: Amount) -> Iterator[str]:
@@ -147,8 +143,4 @@ def _rows(rows: Sequence[Row], total: Amount) -> Iterator[str]:
             if value:
                 parts.append(f"{figure(value)} {one if value == 1 else many}")
         yield f"  {row.module or '(the model itself)'}  {row.line}  {', '.join(row.operations[:4])}"
-        yield f"      {row.category.value}{_causes(row)}: {', '.join(parts)}"
-
-
-def _causes(row: Row) -> str:
-    return f" (from {', '.join(row.causes)})" if row.causes else ""
+        yield f"      {row.about}: {', '.join(parts)}"
